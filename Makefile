@@ -1,0 +1,68 @@
+# make demo        the main job on this machine; writes out/demo/
+# make test        the tests
+# make test-oldest the tests with the oldest jax we support
+# make lint        ruff and pyright
+# make train       train the demo's model again (long on a CPU)
+# make clean       remove out/ and caches;  make clean-all  also removes the environments
+#
+# Each target sets .venv up when it is missing and does nothing to it when pyproject.toml, constraints.txt and this
+# folder's place are unchanged, so a second run starts at once and needs no network.
+# PYTHON=/path/to/python3.12 names the interpreter to build .venv with. ARGS="--prompts 8" goes to the demo or pytest.
+
+SHELL := /bin/bash
+PYTHON ?=
+WORKERS ?= 2
+ARGS ?=
+OLDEST := 0.11.2
+
+VENV := .venv
+PY := $(VENV)/bin/python
+# The name of a stamp says what was installed: another pyproject.toml, another place, another stamp.
+KEY := $(shell (pwd; cat pyproject.toml constraints.txt) | cksum | cut -d ' ' -f 1)
+CORE := $(VENV)/.core-$(KEY)
+DEV := $(VENV)/.dev-$(KEY)
+DEV_OLDEST := .venv-oldest/.dev-$(KEY)
+
+.PHONY: help demo test test-oldest lint train clean clean-all
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '/^# make/s/^# //p' Makefile
+
+demo: $(CORE)
+	@$(PY) -m paro_jax demo --out out/demo $(ARGS)
+
+test: $(DEV)
+	@$(PY) -m pytest -n $(WORKERS) $(ARGS)
+
+test-oldest: $(DEV_OLDEST)
+	@.venv-oldest/bin/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(DEV)
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m pyright
+
+train: $(CORE)
+	@$(PY) -m paro_jax.demo.train $(ARGS)
+
+clean:
+	@rm -rf out dist build .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
+
+clean-all: clean
+	@rm -rf .venv .venv-oldest
+
+$(CORE):
+	@bash tools/install $(VENV) "$(PYTHON)" constraints.txt -e .
+	@rm -f $(VENV)/.core-* && touch $@
+
+$(DEV):
+	@bash tools/install $(VENV) "$(PYTHON)" constraints.txt -e '.[dev]'
+	@rm -f $(VENV)/.core-* $(VENV)/.dev-* && touch $(CORE) $@
+
+$(DEV_OLDEST):
+	@mkdir -p out
+	@sed -E 's/^(jax|jaxlib)==.*/\1==$(OLDEST)/' constraints.txt > out/constraints-oldest.txt
+	@bash tools/install .venv-oldest "$(PYTHON)" out/constraints-oldest.txt -e '.[dev]'
+	@rm -f .venv-oldest/.dev-* && touch $@
