@@ -53,16 +53,20 @@ clean:
 clean-all: clean
 	@rm -rf .venv .venv-oldest
 
+# $(call python,VENV): the interpreter for VENV; one line and no more when there is none.
+python = $(if $(filter error:,$(firstword $(found))),$(error $(wordlist 2,999,$(found))),$(found))
+found = $(shell bash tools/find-python $(1) "$(PYTHON)")
+
 $(CORE):
-	@bash tools/install $(VENV) "$(PYTHON)" constraints.txt -e .
+	@bash tools/install $(VENV) "$(call python,$(VENV))" constraints.txt -e .
 	@rm -f $(VENV)/.core-* && touch $@
 
 $(DEV):
-	@bash tools/install $(VENV) "$(PYTHON)" constraints.txt -e '.[dev]'
+	@bash tools/install $(VENV) "$(call python,$(VENV))" constraints.txt -e '.[dev]'
 	@rm -f $(VENV)/.core-* $(VENV)/.dev-* && touch $(CORE) $@
 
 $(DEV_OLDEST):
 	@mkdir -p out
 	@sed -E 's/^(jax|jaxlib)==.*/\1==$(OLDEST)/' constraints.txt > out/constraints-oldest.txt
-	@bash tools/install .venv-oldest "$(PYTHON)" out/constraints-oldest.txt -e '.[dev]'
+	@bash tools/install .venv-oldest "$(call python,.venv-oldest)" out/constraints-oldest.txt -e '.[dev]'
 	@rm -f .venv-oldest/.dev-* && touch $@

@@ -1,7 +1,7 @@
 """How close one array is to another: images and videos in dB and SSIM, attention outputs, attention mass, outliers.
 
-PSNR and SSIM come from dm-pix (imported on first use); the rest is a line of arithmetic each. Every function computes in
-f32, works under `jit` and returns an f32 array. NaN in, NaN out.
+PSNR and SSIM come from dm-pix (imported on first use); the rest is a line of arithmetic each. Every function computes
+in f32, works under `jit` and returns an f32 array. NaN in, NaN out.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ def ssim(reference, image, *, data_range: float) -> jax.Array:
     a, b = _images(reference, image, data_range)
     if min(a.shape[1:3]) < _SSIM_WINDOW:
         raise ValueError(
-            f"reference: SSIM needs height and width of at least {_SSIM_WINDOW} pixels, got {tuple(np.shape(reference))}; "
+            f"reference: SSIM needs height and width of at least {_SSIM_WINDOW} pixels, got {np.shape(reference)}; "
             "use psnr for smaller images"
         )
     import dm_pix

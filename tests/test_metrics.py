@@ -172,7 +172,10 @@ def test_all_work_under_jit():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: m.psnr(np.ones((4, 4, 3)), np.ones((4, 4, 1)), data_range=1.0), r"image: .*\(4, 4, 3\).*\(4, 4, 1\)"),
+        (
+            lambda m: m.psnr(np.ones((4, 4, 3)), np.ones((4, 4, 1)), data_range=1.0),
+            r"image: .*\(4, 4, 3\).*\(4, 4, 1\)",
+        ),
         (lambda m: m.psnr(np.ones((4, 4)), np.ones((4, 4)), data_range=1.0), r"reference: .*\[H, W, C\].*\(4, 4\)"),
         (lambda m: m.psnr(np.ones((0, 4, 3)), np.ones((0, 4, 3)), data_range=1.0), r"reference: .*at least one.*\(0,"),
         (lambda m: m.psnr(np.ones((4, 4, 3)), np.ones((4, 4, 3)), data_range=0.0), r"data_range: .*positive.*0\.0"),
