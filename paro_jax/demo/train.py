@@ -1,0 +1,158 @@
+"""Train the demo model: `python -m paro_jax.demo.train --minutes 90 --out checkpoints/demo`.
+
+v-prediction on procedural videos. Most of the time goes to small crops of the videos (attention costs N squared), the rest to whole
+ones. Muon for matrices, Adam for the rest, an exponential average of the weights. Orbax checkpoints; a killed run resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import functools
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from safetensors.numpy import save_file
+
+from paro_jax.demo import data, model
+
+# (token grid of the crop, batch, share of the steps) before and after `--small` of the time.
+SMALL = (((13, 5, 7), 8, 0.34), ((5, 11, 9), 8, 0.33), ((7, 7, 9), 8, 0.33))
+WHOLE = (((13, 11, 13), 2, 1.0),)
+HELD_OUT = 1_000_000  # training seeds lie below; calibration and demo use seeds from here on
+
+
+def batch(step: int, grid: tuple[int, int, int], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Latents `[B, F, C, H, W]` cropped to the token grid at a random place, and word ids; a function of `step` alone."""
+    r = np.random.default_rng((step, 3))
+    latents, words = [], []
+    for _ in range(size):
+        scene = data.random_scene(int(r.integers(HELD_OUT)))
+        video = data.to_latents(data.render(scene))
+        f, h, w = grid[0], 2 * grid[1], 2 * grid[2]
+        full = video.shape
+        at = [int(r.integers(n - m + 1)) for n, m in zip((full[0], full[2], full[3]), (f, h, w), strict=True)]
+        latents.append(video[at[0] : at[0] + f, :, at[1] : at[1] + h, at[2] : at[2] + w])
+        # One caption in ten is dropped, so that guidance is possible.
+        words.append(data.tokenise(scene.caption) if r.random() > 0.1 else np.zeros(data.CAPTION_WORDS, np.int32))
+    return np.stack(latents), np.stack(words)
+
+
+def loss(graph, params, latents, words, key) -> jax.Array:
+    """Mean squared error of v at a stratified uniform timestep, all in f32."""
+    k1, k2 = jax.random.split(key)
+    alphas = jnp.asarray(model.SCHEDULE.alphas_cumprod(), jnp.float32)
+    # Stratified timesteps: one per equal slice of the schedule.
+    b = latents.shape[0]
+    t = ((jnp.arange(b) + jax.random.uniform(k1, (b,))) * (len(alphas) / b)).astype(jnp.int32)
+    a = alphas[t][:, None, None, None, None]
+    noise = jax.random.normal(k2, latents.shape)
+    noisy = jnp.sqrt(a) * latents + jnp.sqrt(1 - a) * noise
+    v = jnp.sqrt(a) * noise - jnp.sqrt(1 - a) * latents
+    return jnp.mean((nnx.merge(graph, params)(noisy, t.astype(jnp.float32), words) - v) ** 2)
+
+
+def optimiser(rate) -> optax.GradientTransformation:
+    """Muon for the hidden matrices (last two axes; a stacked layer axis in front), Adam for all else."""
+
+    def dimensions(params):
+        def pick(path, x):
+            name = jax.tree_util.keystr(path)
+            if "blocks" in name and "kernel" in name and x.ndim == 3:
+                return optax.contrib.MuonDimensionNumbers(1, 2)
+            return None
+
+        return jax.tree_util.tree_map_with_path(pick, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.contrib.muon(
+            lambda s: rate(s) * 10, adam_learning_rate=rate, muon_weight_dimension_numbers=dimensions, weight_decay=0.01
+        ),
+    )
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("--minutes", type=float, default=90)
+    p.add_argument("--small", type=float, default=0.6, help="share of the time spent on crops")
+    p.add_argument("--rate", type=float, default=1.5e-3)
+    p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("checkpoints/demo"))
+    args = p.parse_args()
+
+    graph, params = nnx.split(model.DemoModel(rngs=nnx.Rngs(0)), nnx.Param)
+    params = nnx.to_pure_dict(params)
+    # The rate falls with the share of the time that is gone, so a run always ends annealed; it enters as data.
+    opt = optax.inject_hyperparams(lambda rate: optimiser(lambda _: rate))(rate=args.rate)
+    state = {"params": params, "ema": jax.tree.map(jnp.copy, params), "opt": opt.init(params), "step": 0, "seconds": 0.0}
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    def update(params, ema, opt_state, rate, decay, latents, words, key):
+        opt_state.hyperparams["rate"] = rate
+        value, grads = jax.value_and_grad(lambda p: loss(graph, _as_state(p), latents, words, key))(params)
+        changes, opt_state = opt.update(grads, opt_state, params)
+        params = optax.apply_updates(params, changes)
+        ema = jax.tree.map(lambda e, p: e * decay + p * (1 - decay), ema, params)
+        return params, ema, opt_state, value
+
+    manager = ocp.CheckpointManager(args.out.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2))
+    if manager.latest_step() is not None:
+        state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
+        print(f"resumed at step {state['step']}, {state['seconds'] / 60:.1f} minutes in", flush=True)
+
+    def plan(step: int, gone: float):
+        """What this step trains on: a function of the step and of how much of the time is gone."""
+        stage = SMALL if gone < args.small else WHOLE
+        pick = np.random.default_rng((step, 4)).choice(len(stage), p=[s for _, _, s in stage])
+        return stage[pick][:2]
+
+    total = args.minutes * 60
+    start, seconds0, saved, shown, losses = time.time(), float(state["seconds"]), time.time(), time.time(), []
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    gone = seconds0 / total
+    ahead = pool.submit(batch, int(state["step"]), *plan(int(state["step"]), gone))
+    while gone < 1:
+        step = int(state["step"])
+        latents, words = ahead.result()
+        ahead = pool.submit(batch, step + 1, *plan(step + 1, gone))
+        rate = args.rate * min(1.0, (step + 1) / 100) * min(1.0, max(0.02, (1 - gone) / 0.35))
+        state["params"], state["ema"], state["opt"], value = update(
+            state["params"], state["ema"], state["opt"], rate, min(0.998, step / (step + 10)), latents, words,
+            jax.random.key(step),
+        )  # fmt: skip
+        losses.append(value)
+        state["step"] = step + 1
+        state["seconds"] = seconds0 + time.time() - start
+        gone = state["seconds"] / total
+        if time.time() - shown > 20:
+            mean = float(jnp.mean(jnp.stack(losses)))
+            print(f"step {step + 1}  {100 * gone:.1f} %  loss {mean:.4f}  batch {latents.shape}", flush=True)
+            shown, losses = time.time(), []
+        if time.time() - saved > 240 or gone >= 1:
+            manager.save(state["step"], args=ocp.args.StandardSave(state))
+            manager.wait_until_finished()
+            export(state["ema"], args.out / "weights.safetensors")
+            saved = time.time()
+
+
+def _as_state(params):
+    return nnx.State(jax.tree.map(nnx.Param, params))
+
+
+def export(params, path: pathlib.Path) -> None:
+    """The averaged weights, bf16, one tensor per parameter named by its path ("transformer.blocks.to_q.kernel")."""
+    flat = {
+        ".".join(str(getattr(k, "key", k)) for k in path_): np.asarray(jnp.asarray(x, jnp.bfloat16))
+        for path_, x in jax.tree_util.tree_leaves_with_path(params)
+    }
+    save_file(flat, path)
+
+
+if __name__ == "__main__":
+    main()
