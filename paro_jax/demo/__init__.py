@@ -1,1 +1,1 @@
-"""The main job on real input: a small trained video model, calibrated, sparsified, quantised and compared (`paro demo`)."""
+"""The main job on real input (`paro demo`): a small trained video model, calibrated, quantised and compared."""

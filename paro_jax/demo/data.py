@@ -23,7 +23,12 @@ COLOURS = {
 TEXTURES = ("plain", "striped", "dotted")
 SHAPES = ("disc", "square", "triangle", "ring")
 MOTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0), "spinning": (0, 0), "still": (0, 0)}
-GROUNDS = {"sky": (0.45, 0.65, 0.85), "grass": (0.30, 0.45, 0.20), "sand": (0.75, 0.65, 0.45), "night": (0.10, 0.10, 0.20)}
+GROUNDS = {
+    "sky": (0.45, 0.65, 0.85),
+    "grass": (0.30, 0.45, 0.20),
+    "sand": (0.75, 0.65, 0.45),
+    "night": (0.10, 0.10, 0.20),
+}
 CAMERAS = {"static": (0, 0), "panleft": (0, -1), "panright": (0, 1), "panup": (-1, 0)}
 
 WORDS = (
@@ -49,7 +54,10 @@ class Scene:
 def random_scene(seed: int) -> Scene:
     """A scene drawn uniformly."""
     r = np.random.default_rng((seed, 0))
-    pick = lambda options: str(r.choice(list(options)))
+
+    def pick(options) -> str:
+        return str(r.choice(list(options)))
+
     shapes = tuple((pick(COLOURS), pick(TEXTURES), pick(SHAPES), pick(MOTIONS)) for _ in range(2))
     return Scene(shapes, pick(GROUNDS), pick(CAMERAS), seed)
 
@@ -59,7 +67,9 @@ def tokenise(caption: str) -> np.ndarray:
     words = caption.split()
     unknown = [w for w in words if w not in WORDS]
     if unknown or len(words) > CAPTION_WORDS:
-        raise ValueError(f"caption: expected at most {CAPTION_WORDS} of the words {WORDS}, found {unknown or len(words)}.")
+        raise ValueError(
+            f"caption: expected at most {CAPTION_WORDS} of the words {WORDS}, found {unknown or len(words)}."
+        )
     return np.array([WORDS.index(w) for w in words] + [0] * (CAPTION_WORDS - len(words)), np.int32)
 
 

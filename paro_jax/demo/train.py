@@ -1,7 +1,8 @@
 """Train the demo model: `python -m paro_jax.demo.train --minutes 90 --out checkpoints/demo`.
 
-v-prediction on procedural videos. Most of the time goes to small crops of the videos (attention costs N squared), the rest to whole
-ones. Muon for matrices, Adam for the rest, an exponential average of the weights. Orbax checkpoints; a killed run resumes.
+v-prediction on procedural videos. Most of the time goes to small crops of the videos (attention costs N squared), the
+rest to whole ones. Muon for matrices, Adam for the rest, an exponential average of the weights. Orbax checkpoints; a
+killed run resumes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ HELD_OUT = 1_000_000  # training seeds lie below; calibration and demo use seeds
 
 
 def batch(step: int, grid: tuple[int, int, int], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Latents `[B, F, C, H, W]` cropped to the token grid at a random place, and word ids; a function of `step` alone."""
+    """Latents `[B, F, C, H, W]` cropped to the token grid at a random place, and word ids; fixed by `step`."""
     r = np.random.default_rng((step, 3))
     latents, words = [], []
     for _ in range(size):
@@ -90,7 +91,13 @@ def main() -> None:
     params = nnx.to_pure_dict(params)
     # The rate falls with the share of the time that is gone, so a run always ends annealed; it enters as data.
     opt = optax.inject_hyperparams(lambda rate: optimiser(lambda _: rate))(rate=args.rate)
-    state = {"params": params, "ema": jax.tree.map(jnp.copy, params), "opt": opt.init(params), "step": 0, "seconds": 0.0}
+    state = {
+        "params": params,
+        "ema": jax.tree.map(jnp.copy, params),
+        "opt": opt.init(params),
+        "step": 0,
+        "seconds": 0.0,
+    }
 
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
     def update(params, ema, opt_state, rate, decay, latents, words, key):

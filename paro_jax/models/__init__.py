@@ -1,1 +1,1 @@
-"""Diffusion transformers in Flax NNX whose attention goes through `paro_jax`. Import the model you need: `from paro_jax.models import cogvideox`."""
+"""Diffusion transformers in Flax NNX whose attention goes through `paro_jax`; import the one you need."""

@@ -56,7 +56,7 @@ def timestep_embedding(timestep: Array, dim: int) -> Array:
 
 
 def rope_3d(grid: tuple[int, int, int], head_dim: int, text: int, theta: float = 10000.0) -> Rope:
-    """Rotation tables `[text + F*H*W, head_dim / 2]` for interleaved pairs: D/4 for time, 3D/8 for each of height and width.
+    """Rotation tables `[text + F*H*W, head_dim / 2]` for interleaved pairs: D/4 time, 3D/8 height, 3D/8 width.
 
     Text tokens come first and do not rotate (cos 1, sin 0). float32 throughout, as the original.
     """
@@ -85,8 +85,7 @@ class Modulation(nnx.Module):
         parts = jnp.split(self.linear(jax.nn.silu(temb)), 6, axis=-1)
         is_text = (jnp.arange(x.shape[1]) < text)[None, :, None]
         shift, scale, gate = (
-            jnp.where(is_text, ours[:, None], video[:, None])
-            for video, ours in zip(parts[:3], parts[3:], strict=True)
+            jnp.where(is_text, ours[:, None], video[:, None]) for video, ours in zip(parts[:3], parts[3:], strict=True)
         )
         return self.norm(x) * (1 + scale) + shift, gate
 
@@ -116,15 +115,19 @@ class Block(nnx.Module):
         if plan is None:
             o = paro_jax.attention(*self.heads(h, rope))
         else:
-            project = lambda role, linear, norm: paro_jax.project_in(
-                h,
-                linear.kernel[...].reshape(-1, self.config.num_heads, self.config.head_dim),
-                linear.bias[...].reshape(self.config.num_heads, self.config.head_dim),
-                plan=plan,
-                role=role,
-                norm=Norm("layer", norm.scale[...], norm.bias[...], norm.epsilon) if norm else None,
-                rope=rope if norm else None,
-            )
+
+            def project(role: str, linear: nnx.Linear, norm: nnx.LayerNorm | None):
+                heads = (self.config.num_heads, self.config.head_dim)
+                return paro_jax.project_in(
+                    h,
+                    linear.kernel[...].reshape(-1, *heads),
+                    linear.bias[...].reshape(heads),
+                    plan=plan,
+                    role=role,
+                    norm=Norm("layer", norm.scale[...], norm.bias[...], norm.epsilon) if norm else None,
+                    rope=rope if norm else None,
+                )
+
             q = project("q", self.to_q, self.norm_q)
             k = project("k", self.to_k, self.norm_k)
             o = paro_jax.attend(q, k, project("v", self.to_v, None), plan=plan)
@@ -140,7 +143,7 @@ class Block(nnx.Module):
 
 
 def rotate(x: Array, rope: Rope) -> Array:
-    """Rotary embedding on interleaved pairs (x[2i], x[2i+1]); x `[B, N, heads, D]`, tables `[N, D/2]`; in f32 (RoFormer)."""
+    """Rotary embedding of pairs (x[2i], x[2i+1]), in f32 (RoFormer); x `[B, N, heads, D]`, tables `[N, D/2]`."""
     cos, sin = rope.cos[None, :, None, :], rope.sin[None, :, None, :]
     a, b = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
     return jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape).astype(x.dtype)
@@ -175,8 +178,8 @@ class CogVideoX(nnx.Module):
         """Predict.
 
         latents `[B, F, C, H, W]`, timestep `[B]`, text `[B, T, E]` -> `[B, F, C_out, H, W]`.
-        `plan`: leading axis (sites,) = layers; None is dense. With `capture`, also q, k, v `[layers, B, N, heads, D]` after
-        norm and rotation, as attention sees them. `remat` recomputes blocks in the backward pass.
+        `plan`: leading axis (sites,) = layers; None is dense. With `capture`, also q, k, v `[layers, B, N, heads, D]`
+        after norm and rotation, as attention sees them. `remat` recomputes blocks in the backward pass.
         """
         batch, frames, channels, height, width = latents.shape
         p = self.config.patch_size
@@ -186,7 +189,9 @@ class CogVideoX(nnx.Module):
                 f"found {latents.shape}; check the latent channels and pad the video to whole patches."
             )
         grid = (frames, height // p, width // p)
-        temb = self.time_out(jax.nn.silu(self.time_in(timestep_embedding(timestep, self.config.dim).astype(latents.dtype))))
+        temb = self.time_out(
+            jax.nn.silu(self.time_in(timestep_embedding(timestep, self.config.dim).astype(latents.dtype)))
+        )
         # Patch pixels are ordered (channel, row, column), as a convolution's kernel is when flattened.
         x = latents.reshape(batch, frames, channels, grid[1], p, grid[2], p).transpose(0, 1, 3, 5, 2, 4, 6)
         x = self.patch(x.reshape(batch, -1, channels * p * p))

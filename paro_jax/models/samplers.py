@@ -1,4 +1,4 @@
-"""Noise schedules and samplers. CogVideoX: v-prediction with zero terminal SNR (arXiv 2305.08891), DDIM (arXiv 2010.02502)."""
+"""Noise schedules and samplers: v-prediction with zero terminal SNR (arXiv 2305.08891), DDIM (arXiv 2010.02502)."""
 
 from __future__ import annotations
 
@@ -30,36 +30,35 @@ class VSchedule:
         return ((root - last) * first / (first - last)) ** 2
 
     def timesteps(self, steps: int) -> np.ndarray:
-        """`steps` training timesteps, falling, "trailing" spacing: starts at train_steps - 1, where only noise is left."""
-        return np.round(np.arange(self.train_steps, 0, -self.train_steps / steps)).astype(np.int32) - 1
+        """`steps` training timesteps, falling, "trailing" spacing: the first is train_steps - 1, pure noise."""
+        return np.round(self.train_steps - np.arange(steps) * (self.train_steps / steps)).astype(np.int32) - 1
+
+
+def ddim_step(x: Array, v: Array, index: Array, *, steps: int, schedule: VSchedule = VSchedule()) -> Array:
+    """One deterministic DDIM step: latents and v at step `index` (0 is pure noise) -> latents at the next, f32."""
+    times, alphas = schedule.timesteps(steps), schedule.alphas_cumprod()
+    # The last step lands on alpha-bar 1 (clean latents), as CogVideoX's scheduler sets it (set_alpha_to_one).
+    a = jnp.asarray(alphas[times], jnp.float32)[index]
+    b = jnp.asarray(np.append(alphas[times[1:]], 1.0), jnp.float32)[index]
+    clean = jnp.sqrt(a) * x - jnp.sqrt(1 - a) * v
+    eps = jnp.sqrt(a) * v + jnp.sqrt(1 - a) * x
+    return jnp.sqrt(b) * clean + jnp.sqrt(1 - b) * eps
 
 
 def ddim(
-    predict: Callable[[Array, Array, Array], Array],
-    noise: Array,
-    *,
-    steps: int,
-    schedule: VSchedule = VSchedule(),
+    predict: Callable[[Array, Array, Array], Array], noise: Array, *, steps: int, schedule: VSchedule = VSchedule()
 ) -> Array:
     """Deterministic DDIM for a v-predicting model, one `lax.scan` over steps.
 
-    `predict(latents, timestep f32 [B], step int32) -> v`, all `[B, ...]`; step counts 0 .. steps-1, for `plan.at_step`.
-    Returns the denoised latents at f32.
+    `predict(latents [B, ...], timestep f32 [B], step int32) -> v [B, ...]`; steps count from 0, as `plan.at_step` does.
+    Returns the denoised latents, f32. Raises ValueError for a step count the schedule does not have.
     """
-    if steps < 1 or steps > schedule.train_steps:
-        raise ValueError(f"steps: expected 1..{schedule.train_steps}, found {steps}.")
-    times = schedule.timesteps(steps)
-    alphas = schedule.alphas_cumprod()
-    here = alphas[times]
-    # The last step lands on alpha-bar 1 (clean latents), as CogVideoX's scheduler sets (set_alpha_to_one).
-    there = np.append(alphas[times[1:]], 1.0)
-    table = (np.arange(steps, dtype=np.int32), times.astype(np.float32), here.astype(np.float32), there.astype(np.float32))
+    if not 1 <= steps <= schedule.train_steps:
+        raise ValueError(f"steps: expected 1..{schedule.train_steps}, found {steps}; choose a number in between.")
+    times = jnp.asarray(schedule.timesteps(steps), jnp.float32)
 
-    def step(x, row):
-        index, time, a, b = row
-        v = predict(x, jnp.broadcast_to(time, x.shape[:1]), index).astype(jnp.float32)
-        clean = jnp.sqrt(a) * x - jnp.sqrt(1 - a) * v
-        eps = jnp.sqrt(a) * v + jnp.sqrt(1 - a) * x
-        return jnp.sqrt(b) * clean + jnp.sqrt(1 - b) * eps, None
+    def step(x, index):
+        v = predict(x, jnp.broadcast_to(times[index], x.shape[:1]), index).astype(jnp.float32)
+        return ddim_step(x, v, index, steps=steps, schedule=schedule), None
 
-    return jax.lax.scan(step, noise.astype(jnp.float32), jax.tree.map(jnp.asarray, table))[0]
+    return jax.lax.scan(step, noise.astype(jnp.float32), jnp.arange(steps))[0]

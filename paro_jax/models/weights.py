@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,21 +11,19 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-Module = TypeVar("Module", bound=nnx.Module)
-
 
 class WeightsError(ValueError):
     """A weight file that does not fit its model: names the file, what was expected, what was found, what to do."""
 
 
-def load(build: Callable[[], Module], path: str | os.PathLike, dtype: jnp.dtype | None = jnp.float32) -> Module:
+def load[M: nnx.Module](build: Callable[[], M], path: str | os.PathLike, dtype=jnp.float32) -> M:
     """The module of `build()` with the weights of a safetensors file whose tensors are named by parameter path.
 
-    `build` is only traced, never run, so no random initialisation is paid for. Tensors are read one by one and cast to `dtype`
-    (None keeps the file's).
+    `build` is only traced, never run, so no random initialisation is paid for. Tensors are read one by one and cast to
+    `dtype` (None keeps the file's).
 
     Raises:
-      WeightsError: a missing, half-written or foreign file; or any missing, unexpected or mis-shaped tensor, all of them listed.
+      WeightsError: a missing, half-written or foreign file; any missing, unexpected or mis-shaped tensor, all listed.
     """
     graph, params, rest = nnx.split(nnx.eval_shape(build), nnx.Param, ...)
     shapes = {".".join(str(k) for k in p): (p, v.get_value()) for p, v in nnx.to_flat_state(params)}
@@ -40,7 +37,9 @@ def load(build: Callable[[], Module], path: str | os.PathLike, dtype: jnp.dtype 
                 if shape != shapes[name][1].shape:
                     problems.append(f"{name}: expected shape {shapes[name][1].shape}, found {shape}")
             if problems:
-                shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
+                shown = "\n  ".join(problems[:20]) + (
+                    f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+                )
                 raise WeightsError(
                     f"{os.fspath(path)} does not fit the model ({len(problems)} problems):\n  {shown}\n"
                     "Check that file and model configuration belong together."
@@ -51,12 +50,14 @@ def load(build: Callable[[], Module], path: str | os.PathLike, dtype: jnp.dtype 
     except FileNotFoundError as e:
         raise WeightsError(f"{os.fspath(path)}: no such file; check the path.") from e
     except SafetensorError as e:
-        raise WeightsError(f"{os.fspath(path)} is not a complete safetensors file ({e}); fetch or export it again.") from e
+        raise WeightsError(
+            f"{os.fspath(path)} is not a complete safetensors file ({e}); fetch or export it again."
+        ) from e
     return nnx.merge(graph, nnx.from_flat_state(flat), rest)
 
 
 def save(module: nnx.Module, path: str | os.PathLike, dtype: jnp.dtype = jnp.bfloat16) -> None:
-    """Write every parameter of a module to one safetensors file, cast to `dtype`; `load` reads it back. The write is atomic."""
+    """Write every parameter of a module to one safetensors file, cast to `dtype`, atomically; `load` reads it back."""
     flat = {
         ".".join(str(k) for k in key): jax.device_get(value.get_value().astype(dtype))
         for key, value in nnx.to_flat_state(nnx.state(module, nnx.Param))

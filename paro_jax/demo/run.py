@@ -1,0 +1,260 @@
+"""`paro demo`: generate dense, calibrate, generate again with PARO and with what PARO is compared to, and report."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+import calibrate
+from paro_jax import AttentionPlan, QuantSpec, metrics, policies
+from paro_jax.demo import data, model, pictures
+from paro_jax.models import samplers, weights
+
+STEPS = 16
+GUIDANCE = 3.0
+BLOCK = (64, 64)
+DENSITIES = (0.5, 0.3, 0.2)
+BUCKETS = (0.0, 0.25, 0.5, 1.0)  # attention changes most in the first half of the schedule
+WIDTHS = ("bf16", "int8", "int4")
+# Seeds from here on were never trained on; the demo's and the calibration's are apart.
+DEMO_SEED, CALIBRATION_SEED = 1_000_000, 1_500_000
+
+Report = dict[str, Any]
+
+
+def load_model() -> model.DemoModel:
+    """The trained model that ships with the project, f32."""
+    return weights.load(lambda: model.DemoModel(rngs=nnx.Rngs(0)), model.WEIGHTS)
+
+
+def predict(net: model.DemoModel, words: jax.Array, x: jax.Array, t: jax.Array, **options):
+    """v with classifier-free guidance: one batch holds the captioned half, then the uncaptioned half."""
+    out = net(jnp.concatenate([x, x]), jnp.concatenate([t, t]), words, **options)
+    v, seen = out if options.get("capture") else (out, None)
+    captioned, plain = jnp.split(v, 2)
+    return plain + GUIDANCE * (captioned - plain), seen
+
+
+@functools.partial(jax.jit, static_argnames="steps")
+def _sample(net: model.DemoModel, words: jax.Array, noise: jax.Array, plan: AttentionPlan | None, *, steps: int):
+    def v(x, t, step):
+        return predict(net, words, x, t, plan=None if plan is None else plan.at_step(step, steps))[0]
+
+    return samplers.ddim(v, noise, steps=steps, schedule=model.SCHEDULE)
+
+
+@functools.partial(jax.jit, static_argnames="steps")
+def _capturing_step(net: model.DemoModel, words: jax.Array, x: jax.Array, index: jax.Array, *, steps: int):
+    t = jnp.asarray(model.SCHEDULE.timesteps(steps), jnp.float32)[index]
+    v, seen = predict(net, words, x, jnp.broadcast_to(t, x.shape[:1]), capture=True)
+    return samplers.ddim_step(x, v, index, steps=steps, schedule=model.SCHEDULE), seen
+
+
+def words_for(scene: data.Scene) -> np.ndarray:
+    """Word ids `[2, T]`: the caption, and nothing."""
+    ids = data.tokenise(scene.caption)
+    return np.stack([ids, np.zeros_like(ids)])
+
+
+class Generator:
+    """Makes videos; compiles once for every kind of plan and keeps compile time out of the seconds it reports."""
+
+    def __init__(self, net: model.DemoModel, steps: int):
+        self.net, self.steps, self.compiled = net, steps, {}
+
+    def __call__(self, scene: data.Scene, plan: AttentionPlan | None = None) -> tuple[np.ndarray, float]:
+        """The video f32 `[F, H, W, 3]` in [-1, 1] and the seconds its denoising took."""
+        args = (self.net, words_for(scene), model.initial_noise(scene.seed), plan)
+        key = jax.tree.structure(plan)
+        if key not in self.compiled:
+            self.compiled[key] = _sample.lower(*args, steps=self.steps).compile()
+        start = time.perf_counter()
+        latents = jax.block_until_ready(self.compiled[key](*args))
+        return data.to_video(np.asarray(latents[0])), time.perf_counter() - start
+
+
+class Capture:
+    """Attention inputs of some scenes at some steps: a re-iterable of `calibrate.Sample`, made once, kept in memory."""
+
+    def __init__(self, net: model.DemoModel, scenes: Iterable[data.Scene], steps: int, at: Sequence[int], tick=None):
+        self.samples: list[calibrate.Sample] = []
+        for scene in scenes:
+            words, x = words_for(scene), jnp.asarray(model.initial_noise(scene.seed))
+            for index in range(max(at) + 1):
+                x, (q, k, v) = _capturing_step(net, words, x, jnp.asarray(index), steps=steps)
+                if index in at:
+                    for site in range(q.shape[0]):
+                        held = (np.asarray(a[site]) for a in (q, k, v))
+                        self.samples.append(calibrate.Sample(site, index / steps, *held))
+            if tick:
+                tick()
+
+    def __iter__(self):
+        return iter(self.samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+def capture_steps(steps: int, buckets: Sequence[float] = BUCKETS) -> list[int]:
+    """One step in the middle of every bucket, and a second where the bucket is long: what calibration looks at."""
+    edges = [round(e * steps) for e in buckets]
+    at = {(a + b) // 2 for a, b in zip(edges, edges[1:], strict=False)}
+    return sorted(at | {(a + 3 * b) // 4 for a, b in zip(edges, edges[1:], strict=False) if b - a > steps / 3})
+
+
+def demo_samples(*, prompts: int = 2, steps: int = STEPS, tick=None) -> Capture:
+    """Calibration samples of the demo model (`paro calibrate --model demo`): `prompts` scenes of its own."""
+    scenes = [data.random_scene(CALIBRATION_SEED + i) for i in range(prompts)]
+    return Capture(load_model(), scenes, steps, capture_steps(steps), tick)
+
+
+def run_demo(
+    *,
+    out: str | os.PathLike,
+    quick: bool = False,
+    prompts: int = 2,
+    seed: int = 0,
+    steps: int | None = None,
+    progress: bool = True,
+) -> Report:
+    """The main job on real input; writes report.json, the plans and pictures to `out` and returns the report.
+
+    `prompts` held-out scenes (quick: 1, one density, half the steps) are drawn from `seed`. Report rows are averages
+    over prompts of PSNR (dB), SSIM and cosine against the dense video from the same noise, the attention mass the masks
+    keep on the dense run's own attention, and denoising seconds per video, compilation excluded.
+    """
+    if prompts < 1:
+        raise ValueError(f"prompts: expected at least 1, found {prompts}; ask for one video or more.")
+    out = pathlib.Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    prompts = 1 if quick else prompts
+    steps = steps or (STEPS // 2 if quick else STEPS)
+    densities = (0.3,) if quick else DENSITIES
+    scenes = [data.random_scene(DEMO_SEED + 1000 * seed + i) for i in range(prompts)]
+    grid = model.CONFIG.grid
+    net = load_model()
+
+    videos = prompts * (1 + len(densities) * (len(WIDTHS) + 2))
+    bar = tqdm(
+        total=videos + 1 + prompts + 2 * len(densities), disable=not progress, desc="demo", unit="job", leave=False
+    )
+
+    def tick(what: str) -> None:
+        bar.set_description(what)
+        bar.update()
+
+    at = capture_steps(steps)
+    calibration = Capture(net, [data.random_scene(CALIBRATION_SEED)], steps, at, lambda: tick("capture"))
+    heldout = Capture(net, scenes, steps, at, lambda: tick("capture held-out"))
+
+    plans: dict[tuple[str, float], AttentionPlan] = {}
+    reports = {}
+    for density in densities:
+        make = functools.partial(
+            calibrate.make_plan, calibration, grid, density=density, block=BLOCK, bucket_edges=BUCKETS, progress=False
+        )
+        plans["PARO", density], reports[density] = make(heldout=heldout)
+        tick(f"calibrate {density:.0%}")
+        plans["no reorder", density], _ = make(orders=grid.orders[:1])
+        plans["window", density] = window_plan(plans["PARO", density], density)
+        tick(f"calibrate {density:.0%}")
+
+    generate = Generator(net, steps)
+    dense = []
+    for scene in scenes:
+        dense.append(generate(scene))
+        tick("dense")
+    jobs = [(method, density, "bf16") for density in densities for method in ("PARO", "no reorder", "window")]
+    jobs += [("PARO", density, width) for density in densities for width in WIDTHS[1:]]
+    rows = [_row("dense", 1.0, "bf16", 1.0, dense, dense)]
+    made: dict[tuple[str, float, str], list[tuple[np.ndarray, float]]] = {("dense", 1.0, "bf16"): dense}
+    for method, density, width in jobs:
+        plan = plans[method, density]
+        if width != "bf16":
+            plan = dataclasses.replace(plan, quant=QuantSpec(qk=width, pv=width))
+        results = []
+        for scene in scenes:
+            results.append(generate(scene, plan))
+            tick(f"{method} {density:.0%} {width}")
+        made[method, density, width] = results
+        kept = calibrate.retained_mass(plan, heldout)
+        rows.append(_row(method, float(plan.density), width, kept, dense, results))
+    bar.close()
+
+    rows.sort(
+        key=lambda r: (
+            -r["density"] if r["method"] != "dense" else -2,
+            r["method"] != "PARO",
+            r["method"],
+            WIDTHS.index(r["qk"]),
+        )
+    )
+    report = {
+        "rows": rows,
+        "prompts": [scene.caption for scene in scenes],
+        "steps": steps,
+        "guidance": GUIDANCE,
+        "grid": list(grid.shape),
+        "text": grid.text,
+        "block": list(BLOCK),
+        "buckets": list(BUCKETS),
+        "orders": {f"{density:.0%}": _orders(plans["PARO", density]) for density in densities},
+        "versions": {"jax": jax.__version__, "device": jax.devices()[0].device_kind},
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=1))
+    main = densities[len(densities) // 2]
+    pictures.attention(out / "attention.png", plans["PARO", main], heldout)
+    pictures.orders(out / "orders.png", plans["PARO", main])
+    pictures.blocks(out / "blocks.png", plans["PARO", main])
+    pictures.frames(out / "frames.png", made, [scene.caption for scene in scenes])
+    pictures.movie(out / "video.gif", made, main)
+    pictures.psnr(out / "psnr.png", rows)
+    return report
+
+
+def window_plan(like: AttentionPlan, density: float) -> AttentionPlan:
+    """A 1-D window of the given density in model order, for every bucket, site and head of another plan."""
+    band = policies.window(like.grid, density=density, block=like.block, heads=like.heads)
+    keep = jnp.broadcast_to(band.keep, (*like.lead, *band.keep.shape))
+    mask = dataclasses.replace(band, keep=keep)
+    return AttentionPlan.build(like.grid, order=like.grid.orders[0], mask=mask, bucket_edges=like.bucket_edges)
+
+
+def _orders(plan: AttentionPlan) -> list[list[str]]:
+    """Order name of every (site, head); buckets share them."""
+    names = np.asarray(plan.order)
+    names = names[0] if names.ndim == 3 else names
+    return [[plan.order_names[i] for i in row] for row in names]
+
+
+def _row(method: str, density: float, width: str, kept: float, dense: list, results: list) -> dict[str, Any]:
+    pairs = [(a, b) for (a, _), (b, _) in zip(dense, results, strict=True)]
+
+    def mean(f) -> float:
+        return float(np.mean([float(f(a, b)) for a, b in pairs]))
+
+    return {
+        "method": method,
+        "density": round(density, 4),
+        "qk": width,
+        "pv": width,
+        # Two equal videos have infinite PSNR, which JSON cannot say: null.
+        "psnr": None if method == "dense" else mean(lambda a, b: metrics.psnr(a, b, data_range=2.0)),
+        "ssim": mean(lambda a, b: metrics.ssim(a, b, data_range=2.0)),
+        "cosine": mean(metrics.cosine),
+        "retained_mass": float(kept),
+        "seconds": float(np.mean([s for _, s in results])),
+    }
