@@ -1,0 +1,198 @@
+"""`paro bench`: every figure the project promises, measured here, next to its target.
+
+A figure is a row: `name`, `measured`, `unit`, `target` (an upper bound), `met`, and what it was measured on. The
+kernels' figures come from `pallas_kernels.bench`; this file adds what spans floors.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from paro_jax._cli import _show
+
+Row = dict[str, Any]
+_HEAVY = ("flax", "matplotlib", "orbax")  # a user who only wants attention must not wait for these
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="measure what the project promises, next to its targets",
+        description="Measure every figure that the project promises, on this machine, next to its target. Minutes; "
+        "let nothing else run. The exit status does not depend on whether targets are met.",
+    )
+    parser.add_argument("--backend", choices=["xla"], default="xla", help="(default xla)")
+    parser.add_argument("--only", choices=list(_FIGURES), nargs="+", metavar="FIGURE", help=", ".join(_FIGURES))
+    parser.add_argument(
+        "--problems",
+        type=_show.positive,
+        default=300,
+        metavar="N",
+        help="problems of the invisibility check (default 300)",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the rows as JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    rows: list[Row] = []
+    for name in args.only or _FIGURES:
+        _show.note(f"measuring {name} ...")
+        start = time.perf_counter()
+        rows += _FIGURES[name](args)
+        _show.note(f"measuring {name} took {time.perf_counter() - start:.0f} s")
+    result = {"backend": args.backend, "machine": machine(), "rows": rows}
+    if args.out is not None:
+        _show.write_json(args.out, result)
+    if args.json:
+        print(_show.dumps(result))
+        return 0
+    _show.fields("", result["machine"])
+    _show.table("figures", rows, ("name", "measured", "target", "unit", "met"))
+    for row in rows:
+        extra = {k: v for k, v in row.items() if k not in ("name", "measured", "target", "unit", "met")}
+        print(f"{row['name']}: " + ", ".join(f"{k.replace('_', ' ')} {_show._cell(v)}" for k, v in extra.items()))
+    return 0
+
+
+def machine() -> dict[str, Any]:
+    """What a figure was measured on: without it a figure means nothing."""
+    import os
+    import platform
+
+    import jax
+    import jaxlib
+
+    return {
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "processor": _processor(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+    }
+
+
+def _processor() -> str:
+    import platform
+
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:  # not Linux
+        pass
+    return platform.processor() or platform.machine()
+
+
+def figure(name: str, measured: float, target: float, unit: str, **on: Any) -> Row:
+    """A row; met when measured <= target."""
+    return {"name": name, "measured": measured, "target": target, "unit": unit, "met": bool(measured <= target), **on}
+
+
+def _invisibility(args: argparse.Namespace) -> list[Row]:
+    """Over generated problems: attention with every block kept, in any order, against jax.nn."""
+    import jax
+    import numpy as np
+    from tqdm import tqdm
+
+    import paro_jax
+
+    rng = np.random.default_rng(0)
+    errors: list[float] = []
+    bar = tqdm(total=args.problems, desc="invisibility", unit="problem", disable=None)
+    while len(errors) < args.problems:
+        # One shape compiles once; its orders are data, so each of them is a problem of its own.
+        rank = int(rng.integers(1, 4))
+        shape = tuple(int(n) for n in rng.integers(1, {1: 300, 2: 17, 3: 8}[rank], rank))
+        grid = paro_jax.TokenGrid(
+            shape, text=int(rng.choice([0, 1, 7, 40])), text_position=str(rng.choice(["first", "last"]))
+        )
+        batch, heads, dim = int(rng.integers(1, 3)), int(rng.integers(1, 5)), int(rng.choice([32, 64, 96, 128, 256]))
+        block = tuple(int(b) for b in rng.choice([64, 128], 2))
+        q, k, v = jax.random.normal(jax.random.key(len(errors)), (3, batch, grid.tokens, heads, dim))
+        dense = jax.nn.dot_product_attention(q, k, v)
+        planned = jax.jit(lambda q, k, v, plan: paro_jax.attention(q, k, v, plan=plan))
+        for first in grid.orders:
+            order = [first, *rng.choice(np.array(grid.orders), heads - 1)]
+            plan = paro_jax.AttentionPlan.dense(grid, heads=heads, order=[str(name) for name in order], block=block)
+            errors.append(float(abs(planned(q, k, v, plan) - dense).max()))
+            bar.update(1)
+    bar.close()
+    return [
+        figure(
+            "invisibility: largest difference from jax.nn",
+            max(errors),
+            1e-5,
+            "absolute, f32",
+            problems=len(errors),
+            failed=sum(e > 1e-5 for e in errors),
+        )
+    ]
+
+
+def _import(args: argparse.Namespace) -> list[Row]:
+    """Seconds that `import paro_jax` adds to `import jax`, and which heavy packages it drags in."""
+
+    def seconds(module: str) -> float:
+        code = f"import time; t = time.perf_counter(); import jax; j = time.perf_counter(); import {module}; "
+        code += "print(time.perf_counter() - j)"
+        runs = [
+            subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(5)
+        ]
+        return statistics.median(float(done.stdout) for done in runs)
+
+    code = f"import sys, paro_jax; print(*[m for m in {_HEAVY!r} if m in sys.modules])"
+    heavy = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    return [
+        figure("import paro_jax beyond import jax", seconds("paro_jax"), 1.5, "s", runs=5, statistic="median"),
+        figure(
+            "heavy packages imported by import paro_jax", len(heavy), 0, "packages", found=heavy, of=", ".join(_HEAVY)
+        ),
+    ]
+
+
+def _calibration(args: argparse.Namespace) -> list[Row]:
+    """One head of CogVideoX: all six orders scored, and the final mask."""
+    import jax
+    import numpy as np
+
+    import calibrate
+    import paro_jax
+
+    grid = paro_jax.TokenGrid((13, 30, 45), text=226)
+    # A head that is local in the grid: random waves of the token's place, so that orders differ as they do in a model.
+    rng = np.random.default_rng(0)
+    place = np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), -1).reshape(-1, 3) * [0.05, 0.5, 0.5]
+    waves = 6 * np.cos(place @ rng.normal(size=(3, 64)) + rng.uniform(0, 2 * np.pi, 64)) / 64**0.5
+    tokens = np.concatenate([rng.normal(size=(grid.text, 64)), waves])
+    q, k = (np.float32(tokens + 0.1 * rng.normal(size=tokens.shape))[None, :, None] for _ in range(2))
+    start = time.perf_counter()
+    plan, _ = calibrate.make_plan([calibrate.Sample(site=0, step=0.0, q=q, k=k)], grid, density=0.3, progress=True)
+    jax.block_until_ready(plan)
+    return [
+        figure(
+            "calibration of one CogVideoX head, compilation included",
+            time.perf_counter() - start,
+            60.0,
+            "s",
+            tokens=grid.tokens,
+            head_dim=64,
+            orders=len(grid.orders),
+            chosen=str(plan.order_list()),
+            density=plan.density,
+        )
+    ]
+
+
+_FIGURES: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
+    "invisibility": _invisibility,
+    "calibration": _calibration,
+    "import": _import,
+}
