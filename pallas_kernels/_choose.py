@@ -1,0 +1,101 @@
+"""Who can serve a request, and if nobody can, why not.
+
+A backend is a name, a `why_not` and a `run`. `choose` takes the first whose `why_not` is None. The same function answers
+the call, filters the tests, prints the support table and feeds `paro doctor`, so a choice is never silent.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+from pallas_kernels._check import WIDTHS
+
+
+@dataclass(frozen=True)
+class Request:
+    """One piece of work, by its static facts: the key of a choice, the id of a test, the line of a bench.
+
+    `dtype` is that of the unquantised arrays (for wholly quantised operands: of the output). `block` is (query tokens,
+    key tokens). `device` is "cpu", "tpu", or an NVIDIA compute capability such as "sm_90". `role` belongs to arrange.
+    """
+
+    op: str  # "block_attention" | "arrange"
+    batch: int
+    heads: int
+    q_tokens: int
+    kv_tokens: int
+    head_dim: int
+    dtype: str
+    block: tuple[int, int]
+    qk: str = "bf16"
+    pv: str = "bf16"
+    p_scale: str = "block"
+    device: str = "cpu"
+    role: str = ""
+
+    def __str__(self) -> str:
+        tokens = f"{self.q_tokens}" if self.q_tokens == self.kv_tokens else f"{self.q_tokens}x{self.kv_tokens}"
+        shape = f"b{self.batch}-h{self.heads}-n{tokens}-d{self.head_dim}"
+        role = f"-{self.role}" if self.role else ""
+        blocks = f"{self.block[0]}x{self.block[1]}"
+        return f"{self.op}{role}-{shape}-{self.dtype}-{blocks}-qk_{self.qk}-pv_{self.pv}-{self.p_scale}-{self.device}"
+
+
+class Backend(NamedTuple):
+    """One implementation of one op. `default` False: serves only when it is named."""
+
+    name: str
+    why_not: Callable[[Request], str | None]
+    run: Callable[..., Any]
+    default: bool = True
+
+
+class NoBackend(NotImplementedError):
+    """Nothing can serve this request here. The message carries every backend's reason."""
+
+
+def choose(request: Request, backends: Sequence[Backend], implementation: str | None = None) -> Backend:
+    """The first backend that can serve `request`, or the one named `implementation`.
+
+    Raises ValueError for a name that does not exist, NoBackend when the named one cannot serve (its reason, and who
+    can), or when none is named and none can (every reason).
+    """
+    if implementation is None:
+        able = [b for b in backends if b.default]
+    else:
+        able = [b for b in backends if b.name == implementation]
+        if not able:
+            names = ", ".join(repr(b.name) for b in backends)
+            raise ValueError(f"implementation: expected None or one of {names}, got {implementation!r}.")
+    reasons = []
+    for backend in able:
+        reason = backend.why_not(request)
+        if reason is None:
+            return backend
+        reasons.append(f"{backend.name}: {reason}")
+    message = f"no backend can serve {request}: " + "; ".join(reasons or ["no backend is chosen by default"]) + "."
+    others = [b.name for b in backends if b.why_not(request) is None]
+    help_line = f" Able: {', '.join(others)} (implementation=...)." if others else " No other backend can either."
+    raise NoBackend(message + help_line)
+
+
+def device_name() -> str:
+    """The default device as `Request.device` names it: "cpu", "tpu", "sm_90", or the platform's own name."""
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", None)
+    if device.platform == "gpu" and isinstance(capability, str) and capability[:1].isdigit():
+        return "sm_" + capability.replace(".", "")
+    return device.platform
+
+
+def widths_served(request: Request, widths: Sequence[str]) -> str | None:
+    """A reason when `request` asks for a width that is not in `widths`."""
+    for argument, width in (("qk", request.qk), ("pv", request.pv)):
+        if width not in widths:
+            return f"{argument} width {width!r} is not served; it serves {', '.join(widths)}"
+    return None
+
+
+ALL_WIDTHS = tuple(WIDTHS)

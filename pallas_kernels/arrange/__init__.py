@@ -1,0 +1,131 @@
+"""Model order to kernel order: norm, RoPE, K smoothing, reorder and quantise, in one pass over one of q, k, v."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import _check, _choose
+from pallas_kernels._check import mistake, require_shape
+from pallas_kernels.arrange import reference, xla
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["scale", "bias"], meta_fields=["kind", "eps"])
+@dataclass(frozen=True)
+class Norm:
+    """A per-head norm over the head dimension, in f32: "rms" (x / sqrt(mean x^2 + eps)) or "layer" (mean removed first)."""
+
+    kind: Literal["rms", "layer"]
+    scale: jax.Array | None = None  # [D] or [H, D]
+    bias: jax.Array | None = None  # [D] or [H, D]
+    eps: float = 1e-6
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["cos", "sin"], meta_fields=[])
+@dataclass(frozen=True)
+class Rope:
+    """A rotation of the interleaved pairs (x[2i], x[2i + 1]) by model token. Rows that must not rotate: cos 1, sin 0."""
+
+    cos: jax.Array  # f32 [N, D / 2]
+    sin: jax.Array  # f32 [N, D / 2]
+
+
+BACKENDS = (
+    _choose.Backend("xla", xla.why_not, xla.run),
+    _choose.Backend("reference", reference.why_not, reference.run, default=False),
+)
+
+GROUPS = {"q": ("row", "block"), "k": ("row", "block"), "v": ("channel", "block")}
+
+
+def arrange(
+    x: jax.Array,
+    slots: jax.Array | None,
+    *,
+    role: Literal["q", "k", "v"],
+    width: _check.Width,
+    group: str,
+    block: int,
+    norm: Norm | None = None,
+    rope: Rope | None = None,
+    mean: jax.Array | Literal["compute"] | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Bring one of q, k, v into kernel order at its stored width: norm, then RoPE, then the K mean, then reorder and round.
+
+    x [B, N, H, D] in model order; slots int32 [H, N]: kernel slot -> model token, None: the two orders are one.
+    width, group: q and k take one scale per token ("row") or per block of `block` tokens; v one per channel, or per block
+    and channel. Both are static, and `group` has no effect at width "bf16".
+    mean: K smoothing (SageAttention, arXiv 2410.02367, section 4.2), role "k" only: None, "compute" (over the N tokens), or
+    an array f32 [H, D] or [B, H, D].
+
+    Returns (values [B, H, N, D], scales, mean f32 [B, H, D] that was subtracted or None). scales: None at width "bf16",
+    else f32 [B, H, N] ("row"), [B, H, n] (q, k "block"), [B, H, 1, D] ("channel") or [B, H, n, D] (v "block"), with
+    scale = max(amax, 1e-7) / qmax, so a group of zeros is zeros.
+    Raises ValueError for arguments that do not fit together, NoBackend when no backend serves the request. Quantised
+    widths have no gradient: differentiating through them raises ValueError.
+    """
+    if role not in GROUPS:
+        raise mistake("role", "'q', 'k' or 'v'", repr(role))
+    _check.require_width("width", width)
+    if group not in GROUPS[role]:
+        raise mistake("group", f"{' or '.join(map(repr, GROUPS[role]))} for role {role!r}", repr(group))
+    (block, _) = _check.require_block((block, 1))
+    require_shape("x", x, (None,) * 4, "[batch, tokens, heads, head_dim]")
+    batch, tokens, heads, head_dim = x.shape
+    if 0 in x.shape:
+        raise mistake("x", "at least one batch entry, token, head and channel", f"shape {list(x.shape)}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise mistake("x", "float32, bfloat16 or float16", str(x.dtype))
+    if slots is not None:
+        _check.require_slots(slots, heads, tokens)
+    if norm is not None:
+        if norm.kind not in ("rms", "layer"):
+            raise mistake("norm.kind", "'rms' or 'layer'", repr(norm.kind))
+        for name, weight in (("norm.scale", norm.scale), ("norm.bias", norm.bias)):
+            if weight is not None and tuple(weight.shape) not in ((head_dim,), (heads, head_dim)):
+                raise mistake(name, f"shape [{head_dim}] or [{heads}, {head_dim}]", f"shape {list(weight.shape)}")
+    if rope is not None:
+        if head_dim % 2:
+            raise mistake("rope", "an even head_dim, whose channels pair up", f"head_dim {head_dim}")
+        require_shape("rope.cos", rope.cos, (tokens, head_dim // 2), "[tokens, head_dim / 2]")
+        require_shape("rope.sin", rope.sin, (tokens, head_dim // 2), "[tokens, head_dim / 2]")
+    if mean is not None:
+        if role != "k":
+            raise mistake("mean", f"None for role {role!r}", _describe(mean), "Only K is smoothed.")
+        if isinstance(mean, str):
+            if mean != "compute":
+                raise mistake("mean", "None, 'compute' or an array", repr(mean))
+        elif tuple(mean.shape) not in ((heads, head_dim), (batch, heads, head_dim)):
+            shapes = f"shape [{heads}, {head_dim}] or [{batch}, {heads}, {head_dim}]"
+            raise mistake("mean", shapes, f"shape {list(mean.shape)}")
+
+    request = _choose.Request(
+        op="arrange",
+        batch=batch,
+        heads=heads,
+        q_tokens=tokens,
+        kv_tokens=tokens,
+        head_dim=head_dim,
+        dtype=str(x.dtype),
+        block=(block, block),
+        qk="bf16" if role == "v" else width,
+        pv=width if role == "v" else "bf16",
+        device=_choose.device_name(),
+        role=role,
+    )
+    backend = _choose.choose(request, BACKENDS, implementation)
+    compute_mean = isinstance(mean, str)
+    values, scales, used = backend.run(
+        x, slots, norm, rope, None if compute_mean else mean,
+        role=role, width=width, group=group, block=block, compute_mean=compute_mean,
+    )  # fmt: skip
+    if scales is not None:
+        values, scales = _check.no_gradient((values, scales))
+    return values, scales, used
+
+
+def _describe(value: Any) -> str:
+    return repr(value) if isinstance(value, str) else f"an array of shape {list(value.shape)}"

@@ -1,0 +1,102 @@
+"""arrange, the oracle: one plain step after another, in f32, one head at a time.
+
+Method: PAROAttention (arXiv 2506.16054), section 3.1 (reorder), and SageAttention (arXiv 2410.02367), section 4.2 (smooth
+K, then round). Runs on anything; unusual only in that it is never chosen by default.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels._check import FLOATS, WIDTHS
+from pallas_kernels._choose import ALL_WIDTHS, Request, widths_served
+
+
+def why_not(request: Request) -> str | None:
+    """The oracle serves every width at float32, bfloat16 and float16."""
+    if request.dtype not in FLOATS:
+        return f"dtype {request.dtype} is not served; it serves {', '.join(FLOATS)}"
+    return widths_served(request, ALL_WIDTHS)
+
+
+def normed(x: jax.Array, norm) -> jax.Array:
+    """x f32 [B, N, H, D] after a per-head norm."""
+    if norm.kind == "layer":
+        x = x - x.mean(axis=-1, keepdims=True)
+    x = x * jax.lax.rsqrt((x * x).mean(axis=-1, keepdims=True) + norm.eps)
+    if norm.scale is not None:
+        x = x * norm.scale.astype(jnp.float32)
+    return x if norm.bias is None else x + norm.bias.astype(jnp.float32)
+
+
+def rotated(x: jax.Array, rope) -> jax.Array:
+    """x f32 [B, N, H, D] with each pair (x[2i], x[2i + 1]) rotated by its token's angle."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    cos, sin = (table.astype(jnp.float32)[None, :, None, :] for table in (rope.cos, rope.sin))
+    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
+
+
+def quantised(x: jax.Array, width: str, group: str, block: int) -> tuple[jax.Array, jax.Array]:
+    """x f32 [B, H, N, D] -> (values at `width`, scales); see arrange for the shapes of scales."""
+    batch, heads, tokens, head_dim = x.shape
+    facts = WIDTHS[width]
+    blocks = -(-tokens // block)
+    padded = jnp.pad(jnp.abs(x), ((0, 0), (0, 0), (0, blocks * block - tokens), (0, 0)))
+    by_block = padded.reshape(batch, heads, blocks, block, head_dim)
+    if group == "row":
+        amax = jnp.abs(x).max(axis=-1)
+    elif group == "channel":
+        amax = jnp.abs(x).max(axis=2, keepdims=True)
+    else:  # "block" of q, k: over its tokens and channels; of v (below): over its tokens
+        amax = by_block.max(axis=(3, 4))
+    scales = jnp.maximum(amax, 1e-7) / facts.qmax
+    return round_to(x, spread(scales, tokens, block), width), scales
+
+
+def quantised_by_block_and_channel(x: jax.Array, width: str, block: int) -> tuple[jax.Array, jax.Array]:
+    """V's "block" group: one scale per block of tokens and channel, [B, H, blocks, D]."""
+    batch, heads, tokens, head_dim = x.shape
+    blocks = -(-tokens // block)
+    padded = jnp.pad(jnp.abs(x), ((0, 0), (0, 0), (0, blocks * block - tokens), (0, 0)))
+    amax = padded.reshape(batch, heads, blocks, block, head_dim).max(axis=3)
+    scales = jnp.maximum(amax, 1e-7) / WIDTHS[width].qmax
+    return round_to(x, spread(scales, tokens, block), width), scales
+
+
+def spread(scales: jax.Array, tokens: int, block: int) -> jax.Array:
+    """Scales of any group as something that divides x [B, H, N, D]."""
+    if scales.ndim == 4:
+        return scales if scales.shape[2] == 1 else jnp.repeat(scales, block, axis=2)[:, :, :tokens]
+    per_token = scales if scales.shape[2] == tokens else jnp.repeat(scales, block, axis=2)[:, :, :tokens]
+    return per_token[..., None]
+
+
+def round_to(x: jax.Array, scales: jax.Array, width: str) -> jax.Array:
+    """x / scales at the stored dtype, rounded half to even."""
+    facts = WIDTHS[width]
+    ratio = jnp.clip(x / scales, -facts.qmax, facts.qmax)
+    return (ratio if width == "fp8" else jnp.round(ratio)).astype(facts.store)
+
+
+@partial(jax.jit, static_argnames=("role", "width", "group", "block", "compute_mean"))
+def run(x, slots, norm, rope, mean, *, role, width, group, block, compute_mean):
+    """See arrange; arguments are checked there."""
+    batch, _, heads, head_dim = x.shape
+    y = x.astype(jnp.float32)
+    y = y if norm is None else normed(y, norm)
+    y = y if rope is None else rotated(y, rope)
+    if compute_mean:
+        mean = y.mean(axis=1)
+    if mean is not None:
+        mean = jnp.broadcast_to(mean.astype(jnp.float32), (batch, heads, head_dim))
+        y = y - mean[:, None]
+    by_head = [y[:, :, h] if slots is None else y[:, slots[h], h] for h in range(heads)]
+    y = jnp.stack(by_head, axis=1)
+    if width == "bf16":
+        return y.astype(x.dtype), None, mean
+    if role == "v" and group == "block":
+        values, scales = quantised_by_block_and_channel(y, width, block)
+    else:
+        values, scales = quantised(y, width, group, block)
+    return values, scales, mean

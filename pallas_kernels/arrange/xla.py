@@ -1,0 +1,50 @@
+"""arrange for any device XLA knows: elementwise steps that fuse, one gather, one rounding pass.
+
+Method: PAROAttention (arXiv 2506.16054), section 3.1, and SageAttention (arXiv 2410.02367), section 4.2. Unusual: the
+gather's gradient is the gather by the inverse permutation.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import _permute
+from pallas_kernels._check import FLOATS
+from pallas_kernels._choose import ALL_WIDTHS, Request, widths_served
+from pallas_kernels.arrange.reference import normed, quantised, quantised_by_block_and_channel, rotated
+
+
+def why_not(request: Request) -> str | None:
+    """Serves every width and device at float32, bfloat16 and float16."""
+    if request.dtype not in FLOATS:
+        return f"dtype {request.dtype} is not served; it serves {', '.join(FLOATS)}"
+    return widths_served(request, ALL_WIDTHS)
+
+
+@partial(jax.jit, static_argnames=("role", "width", "group", "block", "compute_mean"))
+def run(x, slots, norm, rope, mean, *, role, width, group, block, compute_mean):
+    """See arrange; arguments are checked there."""
+    batch, _, heads, head_dim = x.shape
+    y = x
+    if norm is not None:
+        y = normed(y.astype(jnp.float32), norm)
+    if rope is not None:
+        y = rotated(y.astype(jnp.float32), rope)
+    if compute_mean:
+        mean = y.astype(jnp.float32).mean(axis=1)
+    if mean is not None:
+        mean = jnp.broadcast_to(mean.astype(jnp.float32), (batch, heads, head_dim))
+    if width == "bf16":
+        y = (y if mean is None else y.astype(jnp.float32) - mean[:, None]).astype(x.dtype)
+        return _to_kernel(y, slots), None, mean
+    y = _to_kernel(y, slots).astype(jnp.float32)
+    if mean is not None:
+        y = y - mean[:, :, None]
+    if role == "v" and group == "block":
+        return *quantised_by_block_and_channel(y, width, block), mean
+    return *quantised(y, width, group, block), mean
+
+
+def _to_kernel(x: jax.Array, slots: jax.Array | None) -> jax.Array:
+    return jnp.swapaxes(x, 1, 2) if slots is None else _permute.to_kernel(x, slots)

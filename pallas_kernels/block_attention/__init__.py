@@ -1,0 +1,161 @@
+"""Attention over kept blocks: q, k, v in kernel order in, model order out."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import _check, _choose
+from pallas_kernels._check import mistake, require_shape
+from pallas_kernels.block_attention import reference, xla
+
+BACKENDS = (
+    _choose.Backend("xla", xla.why_not, xla.run),
+    _choose.Backend("reference", reference.why_not, reference.run, default=False),
+)
+
+
+def block_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    count: jax.Array,
+    index: jax.Array,
+    *,
+    block: tuple[int, int],
+    scale: float,
+    slots: jax.Array | None = None,
+    qk: _check.Width = "bf16",
+    pv: _check.Width = "bf16",
+    p_scale: str = "block",
+    q_scale: jax.Array | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+    out_dtype: Any = None,
+    implementation: str | None = None,
+    return_residual: bool = False,
+) -> Any:
+    """softmax(scale * q k^T) v over the kept blocks, renormalised over them (PAROAttention, section 3.2).
+
+    q [B, H, Nq, D]; k, v [B, H, Nk, D]: kernel order, at their stored width: float32, bfloat16 or float16 for "bf16",
+    int8 for "int8" and "int4", float8_e4m3fn for "fp8".
+    count int32 [H, nq]; index int32 [H, nq, nk]: the kept key blocks of each query block, packed left, ascending; entries
+    past count are ignored. nq = ceil(Nq / bq), nk = ceil(Nk / bk). Traced values out of range are clamped.
+    slots int32 [H, Nq]: kernel slot -> model token of the queries; None: kernel order is model order.
+    q_scale f32 [B, H, Nq] or [B, H, nq]; k_scale f32 [B, H, Nk] or [B, H, nk]; v_scale f32 [B, H, 1, D] or [B, H, nk, D]:
+    what a stored value is multiplied by, per token or per block (v: per channel, or per block and channel).
+    p_scale: P is rounded relative to its row's maximum inside the key block ("block") or to the running one ("running").
+    out_dtype: default v's dtype, else q's, where that is a float, else float32.
+
+    Returns o [B, Nq, H, D] in model order; with return_residual also lse f32 [B, Nq, H], the natural log-sum-exp of the
+    kept scores. A row with no kept block gives 0 and -inf.
+    Raises ValueError for arguments that do not fit together, NoBackend when no backend serves the request. Quantised
+    widths have no gradient: differentiating through them raises ValueError.
+    """
+    bq, bk = _check.require_block(block)
+    scale = _check.require_scale(scale)
+    for argument, width in (("qk", qk), ("pv", pv)):
+        _check.require_width(argument, width)
+    if p_scale not in ("block", "running"):
+        raise mistake("p_scale", "'block' or 'running'", repr(p_scale))
+    require_shape("q", q, (None,) * 4, "[batch, heads, query tokens, head_dim]")
+    batch, heads, q_tokens, head_dim = q.shape
+    require_shape("k", k, (batch, heads, None, head_dim), "[batch, heads, key tokens, head_dim] as q's")
+    kv_tokens = k.shape[2]
+    require_shape("v", v, (batch, heads, kv_tokens, head_dim), "[batch, heads, key tokens, head_dim] as k's")
+    if 0 in (batch, heads, q_tokens, kv_tokens, head_dim):
+        raise mistake("q, k", "at least one batch entry, head, token and channel", f"{q.shape} and {k.shape}")
+
+    stored = {"q": _stored(q, "q", qk), "k": _stored(k, "k", qk), "v": _stored(v, "v", pv)}
+    floats = {name: array.dtype for name, array in (("q", q), ("k", k), ("v", v)) if not stored[name]}
+    if len(set(floats.values())) > 1:
+        raise mistake(
+            " and ".join(floats), "one dtype for all unquantised operands", ", ".join(map(str, floats.values()))
+        )
+    if out_dtype is None:
+        out_dtype = next(iter(floats.values()), jnp.dtype(jnp.float32))
+    out_dtype = jnp.dtype(out_dtype)
+
+    nq, nk = -(-q_tokens // bq), -(-kv_tokens // bk)
+    require_shape("count", count, (heads, nq), "[heads, query blocks]")
+    require_shape("index", index, (heads, nq, nk), "[heads, query blocks, key blocks]")
+    _check.require_int32("count", count)
+    _check.require_int32("index", index)
+    _require_schedule(count, index, nk)
+    if slots is not None:
+        _check.require_slots(slots, heads, q_tokens)
+    _require_scales("q_scale", q_scale, "qk", qk, [(batch, heads, q_tokens), (batch, heads, nq)])
+    _require_scales("k_scale", k_scale, "qk", qk, [(batch, heads, kv_tokens), (batch, heads, nk)])
+    _require_scales("v_scale", v_scale, "pv", pv, [(batch, heads, 1, head_dim), (batch, heads, nk, head_dim)])
+
+    request = _choose.Request(
+        op="block_attention",
+        batch=batch,
+        heads=heads,
+        q_tokens=q_tokens,
+        kv_tokens=kv_tokens,
+        head_dim=head_dim,
+        dtype=str(next(iter(floats.values()), out_dtype)),
+        block=(bq, bk),
+        qk=qk,
+        pv=pv,
+        p_scale=p_scale,
+        device=_choose.device_name(),
+    )
+    backend = _choose.choose(request, BACKENDS, implementation)
+    if qk != "bf16" or pv != "bf16":
+        q, k, v, q_scale, k_scale, v_scale = _check.no_gradient((q, k, v, q_scale, k_scale, v_scale))
+    o, lse = backend.run(
+        q, k, v, count, index, slots, q_scale, k_scale, v_scale,
+        block=(bq, bk), scale=scale, qk=qk, pv=pv, p_scale=p_scale, out_dtype=out_dtype,
+    )  # fmt: skip
+    return (o, lse) if return_residual else o
+
+
+def _stored(array: jax.Array, name: str, width: str) -> bool:
+    """Whether `array` holds a quantised width; ValueError when its dtype is not the one `width` is stored at."""
+    store = _check.WIDTHS[width].store
+    if store is None:
+        if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.itemsize < 2:
+            raise mistake(name, "float32, bfloat16 or float16 at width 'bf16'", str(array.dtype))
+        return False
+    if array.dtype != store:
+        raise mistake(
+            name, f"{jnp.dtype(store).name} at width {width!r}", str(array.dtype), "pallas_kernels.arrange makes it."
+        )
+    return True
+
+
+def _require_schedule(count: jax.Array, index: jax.Array, nk: int) -> None:
+    """Raise ValueError where the values of count and index are known and wrong."""
+    counts, indices = _check.concrete(count), _check.concrete(index)
+    if counts is None or indices is None:
+        return
+    if counts.min() < 0 or counts.max() > nk:
+        raise mistake("count", f"0 to {nk} kept key blocks", f"{counts.min()} to {counts.max()}")
+    used = np.arange(nk) < counts[..., None]
+    if not ((indices >= 0) & (indices < nk) | ~used).all():
+        raise mistake(
+            "index",
+            f"kept key blocks 0 to {nk - 1} in the first `count` entries",
+            f"{indices.min()} to {indices.max()}",
+        )
+    if not ((indices[..., 1:] > indices[..., :-1]) | ~used[..., 1:]).all():
+        raise mistake(
+            "index", "kept key blocks ascending without repeats", "a row out of order", "BlockMask.schedule() makes it."
+        )
+
+
+def _require_scales(argument: str, scales: Any, widths: str, width: str, shapes: list[tuple[int, ...]]) -> None:
+    """Raise ValueError unless `scales` is f32 of one of `shapes` exactly when `width` is quantised."""
+    if (scales is None) != (width == "bf16"):
+        found = "None" if scales is None else f"an array of shape {list(scales.shape)}"
+        wanted = "None" if width == "bf16" else "scales"
+        raise mistake(argument, f"{wanted} at {widths}={width!r}", found)
+    if scales is None:
+        return
+    if tuple(scales.shape) not in shapes:
+        raise mistake(argument, f"shape {' or '.join(str(list(s)) for s in shapes)}", f"shape {list(scales.shape)}")
+    if scales.dtype != jnp.float32:
+        raise mistake(argument, "dtype float32", f"dtype {scales.dtype}")
