@@ -1,0 +1,188 @@
+"""What calibration looks at: q and k of attention layers, recorded while a model runs, and the checks they must pass."""
+
+import functools
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fractions import Fraction
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import io_callback
+
+import paro_jax
+from calibrate import _mass
+from paro_jax import TokenGrid
+
+_PROBED = 1024  # numbers of q and of k that tell one sample from another
+
+
+class Sample(NamedTuple):
+    """One call of one attention layer.
+
+    `site`: number of the attention layer, from 0 without gaps. `step`: how far denoising has come, in [0, 1). `q`, `k`:
+    [B, N, heads, D] after norm and RoPE, in model order; the batch (both halves of classifier-free guidance, say) is
+    averaged. `v`: the same shape, or None; needed for the "error" objective and for output errors in the report.
+    """
+
+    site: int
+    step: float
+    q: Any
+    k: Any
+    v: Any = None
+
+
+Samples = Iterable[Sample]  # an iterable of Sample that can be iterated again and gives the same samples each time
+
+
+def capture(
+    run: Callable[[Callable[..., jax.Array]], Any], *, step: float, attention: Callable[..., jax.Array] | None = None
+) -> list[Sample]:
+    """Record every attention call of a model: one Sample per call, sites numbered in the sequence of the calls.
+
+    `run(attention)` must call the model once with the `attention` it is given in place of the model's own attention
+    function, `attention(query, key, value, ...)`; jit and scan inside are fine. `step`: how far denoising has come.
+    `attention`: what computes the output, further arguments included (default `paro_jax.attention`, without a plan).
+
+    Raises ValueError when `run` never calls attention, as a model does that was compiled with another attention before.
+    """
+    inner = paro_jax.attention if attention is None else attention
+    seen: list[tuple[np.ndarray, ...]] = []
+
+    def keep(*qkv):
+        seen.append(tuple(map(np.array, qkv)))
+
+    def recording(query, key, value, *args, **kwargs):
+        io_callback(keep, None, query, key, value, ordered=True)
+        return inner(query, key, value, *args, **kwargs)
+
+    jax.block_until_ready(run(recording))
+    jax.effects_barrier()
+    if not seen:
+        raise ValueError(
+            "run must call the attention function it is given, once per attention layer; it was never called. A function "
+            "that was compiled earlier keeps the attention it was compiled with: build or jit the model inside run."
+        )
+    return [Sample(site, step, *qkv) for site, qkv in enumerate(seen)]
+
+
+class Checked(NamedTuple):
+    """A sample that passed the checks: `number` in the sequence, `bucket` of its step, q, k and v on the device."""
+
+    number: int
+    site: int
+    step: float
+    bucket: int
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array | None
+
+    @property
+    def name(self) -> str:
+        return f"site {self.site}, step {self.step:g} (bucket {self.bucket})"
+
+    def digest(self) -> int:
+        """A number that differs for another sample; made from a few hundred of its numbers, so it costs nothing."""
+        probe = [np.asarray(x.reshape(-1)[:: max(1, x.size // _PROBED)]) for x in (self.q, self.k)]
+        about = repr((self.site, self.step, self.q.shape, str(self.q.dtype))).encode()
+        return functools.reduce(lambda crc, x: zlib.crc32(x.tobytes(), crc), probe, zlib.crc32(about))
+
+
+def check_reiterable(samples: Any, name: str = "samples") -> None:
+    """ValueError unless `samples` can be iterated more than once."""
+    try:
+        again = iter(samples) is not samples
+    except TypeError:
+        again = False
+    if not again:
+        raise ValueError(
+            f"{name} must be an iterable of calibrate.Sample that can be iterated again, such as a list or an object whose "
+            f"__iter__ starts anew (calibration passes over it more than once); got {type(samples).__name__}. "
+            "Put a generator's code into the __iter__ of a class."
+        )
+
+
+def check_edges(edges: Any) -> tuple[float, ...]:
+    """`bucket_edges` as a tuple of floats, or ValueError."""
+    try:
+        found = tuple(float(e) for e in edges)
+    except (TypeError, ValueError):
+        found = ()
+    if len(found) < 2 or found[0] != 0 or found[-1] != 1 or any(not a < b for a, b in pairwise(found)):
+        raise ValueError(
+            f"bucket_edges must increase from 0.0 to 1.0, e.g. (0.0, 0.5, 1.0) for two buckets; got {edges!r}."
+        )
+    return found
+
+
+def read(
+    samples: Samples, grid: TokenGrid, edges: Sequence[float], *, like: Checked | None = None, name: str = "samples"
+) -> Iterator[Checked]:
+    """The samples one by one, each checked; `like`: a sample whose heads and head dim all must share.
+
+    Raises ValueError, naming the sample, for anything that is not a Sample of this grid, for samples of two shapes, and for
+    NaN or infinity.
+    """
+    for number, sample in enumerate(samples):
+        checked = _check(number, sample, grid, edges, name)
+        like = checked if like is None else like
+        if checked.q.shape[2:] != like.q.shape[2:]:
+            raise ValueError(
+                f"{name} must all have the same heads and head dim; {like.name} has {_shape(like.q)}, {checked.name} has "
+                f"{_shape(checked.q)}. Calibrate layers of another shape on their own."
+            )
+        yield checked
+
+
+def _check(number: int, sample: Any, grid: TokenGrid, edges: Sequence[float], name: str) -> Checked:
+    if not isinstance(sample, Sample):
+        raise ValueError(
+            f"{name} must hold calibrate.Sample(site, step, q, k, v); number {number} is a {type(sample).__name__}."
+        )
+    site, step = sample.site, sample.step
+    if isinstance(site, bool) or not isinstance(site, (int, np.integer)) or site < 0:
+        raise ValueError(
+            f"{name}: site must be the number of an attention layer, an int from 0; number {number} has {site!r}."
+        )
+    try:
+        step = float(step)
+    except (TypeError, ValueError):
+        step = float("nan")
+    if not 0 <= step < 1:
+        raise ValueError(
+            f"{name}: step must be a fraction of the schedule in [0, 1), e.g. 9 / 30; number {number} (site {site}) has "
+            f"{sample.step!r}."
+        )
+    bucket = bucket_of(step, edges)
+    checked = Checked(number, int(site), step, bucket, *(None if x is None else jnp.asarray(x) for x in sample[2:]))
+    for role, x in zip("qkv", checked[4:], strict=True):
+        if x is None and role == "v":
+            continue
+        if x is None or x.ndim != 4 or x.shape[1] != grid.tokens or 0 in x.shape or x.shape != checked.q.shape:
+            found = "None" if x is None else _shape(x)
+            other = "" if x is None or role == "q" else f" (q is {_shape(checked.q)})"
+            raise ValueError(
+                f"{name}: {role} of {checked.name} must be [B, {grid.tokens}, heads, D] for {grid.tokens} tokens (grid "
+                f"{grid.shape}, text {grid.text}), the same for q, k and v; got {found}{other}."
+            )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name}: {role} of {checked.name} must be floating point; got {x.dtype}.")
+        if not _mass.finite(x):
+            bad = int(np.count_nonzero(~np.isfinite(np.asarray(x, np.float32))))
+            raise ValueError(
+                f"{name}: {role} of {checked.name} holds NaN or infinity, {bad} of {x.size} values. The model already "
+                "produced them: check its weights and dtype (float16 overflows at 65504), or leave this sample out."
+            )
+    return checked
+
+
+def bucket_of(step: float, edges: Sequence[float]) -> int:
+    """The bucket that holds `step`, exactly as `AttentionPlan.at_step` counts: fractions compared, so 3/10 is not below 0.3."""
+    at = Fraction(step).limit_denominator(10**6)
+    return sum(at >= Fraction(edge).limit_denominator(10**6) for edge in edges[1:-1])
+
+
+def _shape(x: jax.Array) -> str:
+    return str(list(x.shape))

@@ -1,0 +1,104 @@
+"""The decisions: which order a head uses, and which blocks are kept for a budget."""
+
+from fractions import Fraction
+from typing import Literal, get_args
+
+import numpy as np
+
+Rule = Literal["global", "head", "row"]
+RULES: tuple[str, ...] = get_args(Rule)
+TIE = 1e-6  # orders whose scores differ less are equal; the first one wins, and model order is free
+_CHUNK = 1 << 26  # values compared at a time
+
+
+def orders(errors: np.ndarray) -> np.ndarray:
+    """int [..., heads]: position of the first order within `TIE` of the least error. errors: [..., orders, heads]."""
+    return np.argmax(errors <= errors.min(-2, keepdims=True) + TIE, axis=-2)
+
+
+def floor_blocks(always: np.ndarray) -> int:
+    """How many blocks of a head are kept whatever the budget: always_keep, and one in each row that has none of those."""
+    return int(always.sum() + (~always.any(1)).sum())
+
+
+def budget_of(density: float, blocks: int) -> int:
+    """Blocks to keep of `blocks`: the largest number whose density is not above `density`, counted in fractions."""
+    return int(Fraction(density).limit_denominator(10**6) * blocks)
+
+
+def retained(mass: np.ndarray, always: np.ndarray, density: float) -> np.ndarray:
+    """float64 [...]: part of the mass that a budget of its own retains, blocks always kept counted first.
+
+    mass: [..., nq, nk] sums of P over blocks. The rest of the budget goes to the heaviest blocks, row or no row: this is
+    R of the method's objective. (A mask also keeps a block in every row, which costs little mass and is the same idea for
+    every order.)
+    """
+    forced, free = mass[..., always], mass[..., ~always]
+    room = min(budget_of(density, always.size) - forced.shape[-1], free.shape[-1])
+    best = (
+        np.partition(free, free.shape[-1] - room, axis=-1)[..., free.shape[-1] - room :] if room > 0 else free[..., :0]
+    )
+    return (forced.sum(-1, dtype=np.float64) + best.sum(-1, dtype=np.float64)) / mass.sum((-2, -1), dtype=np.float64)
+
+
+def mask(share: np.ndarray, always: np.ndarray, density: float, rule: str = "global") -> tuple[np.ndarray, np.ndarray]:
+    """Which blocks are kept: bool [..., heads, nq, nk], and the threshold that decided, float32.
+
+    share: float32 [..., heads, nq, nk], >= 0, attention mass of a block over the rows of its query block (s_ij, rows sum to
+    1). Kept are the blocks whose share reaches a threshold, one for everything ("global"), one per head or one per row; the
+    threshold is the least that keeps the density at or under `density`. Blocks of equal share are kept or skipped together.
+
+    `always` [nq, nk] comes first, with the heaviest block of each row that has none of those. Next, while the budget lasts,
+    the heaviest block of every other row: a query that sees only text is worse than its mass tells.
+    A threshold above 1 says that the budget ended there. "row" splits what the always dense rows leave evenly.
+    """
+    heads, (nq, nk) = share.shape[:-2], share.shape[-2:]
+    # Three tiers in one number: infinity is kept anyway, a row's heaviest block stands above all shares, which are <= 1.
+    value = np.array(share, np.float32)
+    heaviest = np.argmax(np.where(always, -1, value), axis=-1)[..., None]
+    at_heaviest = np.take_along_axis(value, heaviest, -1)
+    np.put_along_axis(value, heaviest, np.where(always.any(1)[:, None], at_heaviest + 1, np.inf), -1)
+    value[..., always] = np.inf
+    if rule == "global":
+        groups, budget = value.reshape(1, -1), np.array([budget_of(density, value.size)])
+    elif rule == "head":
+        groups = value.reshape(-1, nq * nk)
+        budget = np.full(len(groups), budget_of(density, nq * nk))
+    elif rule == "row":
+        groups = value.reshape(-1, nk)
+        dense = always.all(1)
+        free = max(1, int((~dense).sum()))
+        row = (budget_of(density, nq * nk) - int(dense.sum()) * nk) // free
+        budget = np.tile(np.where(dense, nk, min(row, nk)), len(groups) // nq)
+    else:
+        raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}; got {rule!r}.")
+    threshold = _threshold(groups, budget)
+    shape = {"global": (), "head": heads, "row": (*heads, nq)}[rule]
+    threshold = threshold.reshape(shape)
+    return value >= (threshold[..., None, None] if rule != "row" else threshold[..., None]), threshold
+
+
+def _threshold(values: np.ndarray, budget: np.ndarray) -> np.ndarray:
+    """float32 [groups]: the least t with count(values >= t) <= budget, for values [groups, n] >= 0.
+
+    Floats >= 0 sort like their bits, so bisecting the bits ends at the exact float after 31 steps.
+    """
+    low = np.zeros(len(values), np.int64)
+    high = np.full(
+        len(values), np.float32(np.inf).view(np.int32), np.int64
+    )  # what is kept anyway fits: checked at the start
+    while (low < high).any():
+        middle = (low + high) // 2
+        fits = _count(values, _from_bits(middle)) <= budget
+        high, low = np.where(fits, middle, high), np.where(fits, low, np.minimum(middle + 1, high))
+    return _from_bits(high)
+
+
+def _from_bits(bits: np.ndarray) -> np.ndarray:
+    return bits.astype(np.int32).view(np.float32)
+
+
+def _count(values: np.ndarray, threshold: np.ndarray) -> np.ndarray:
+    step = max(1, _CHUNK // len(values))
+    parts = (values[:, i : i + step] >= threshold[:, None] for i in range(0, values.shape[1], step))
+    return sum((np.count_nonzero(part, axis=1) for part in parts), np.zeros(len(values), np.int64))

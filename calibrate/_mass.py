@@ -1,0 +1,177 @@
+"""Statistics of an attention map that is never held: passes over strips of a few query blocks, in any order of the tokens.
+
+P = softmax(QK^T / sqrt(D)) in model order; an order permutes rows and columns of P alike, so the log-sum-exp of a row is
+computed once and shared by all orders. Working memory is strip x tokens, whatever the number of tokens. Everything is
+float32 with float32 sums, one head after the other in a fixed sequence: the same inputs give the same bits.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paro_jax import TokenGrid
+
+_STRIP_ROWS = 256  # query rows at a time; on CPUs 128 to 256 measured fastest (2 MiB L2), 64 and 512 a fifth slower
+
+
+def block_mass(
+    q: jax.Array, k: jax.Array, grid: TokenGrid, order: str | Sequence[str], block: tuple[int, int] = (64, 64)
+) -> jax.Array:
+    """Attention mass of every block, in an order: float32 [heads, nq, nk], the sum of P over the block.
+
+    q, k: [B, N, heads, D] after norm and RoPE, model order; the batch is averaged. `order`: one name, or one per head.
+    A row of P sums to 1, so `mass[h].sum()` is N and `mass[h, i].sum()` the number of tokens in query block i.
+
+    Raises ValueError for shapes that do not fit each other or the grid, and for an order the grid does not have.
+    """
+    q, k = jnp.asarray(q), jnp.asarray(k)
+    if q.ndim != 4 or q.shape != k.shape or q.shape[1] != grid.tokens:
+        raise ValueError(
+            f"q and k must both be [B, {grid.tokens}, heads, D] for {grid.tokens} tokens (grid {grid.shape}, text "
+            f"{grid.text}); got q {q.shape} and k {k.shape}."
+        )
+    names = [order] * q.shape[2] if isinstance(order, str) else list(order)
+    if len(names) != q.shape[2]:
+        raise ValueError(f"order must be one name, or one per head of q, {q.shape[2]}; got {len(names)}: {names}.")
+    slots = head_slots(grid, names)
+    grid.blocks(block)  # validates block
+    return block_sums(q, k, row_lse(q, k), slots, block=tuple(block))
+
+
+def attention_map(
+    q: jax.Array, k: jax.Array, grid: TokenGrid, order: str | Sequence[str], size: int = 256
+) -> jax.Array:
+    """A picture of P in an order: float32 [heads, n, n], n <= size, each pixel the mean of P over ceil(N / size)^2 tokens.
+
+    Arguments and errors as `block_mass`. The last row and column of pixels may cover fewer tokens.
+    """
+    if size < 1:
+        raise ValueError(f"size must be a positive number of pixels; got {size}.")
+    pixel = -(-grid.tokens // size)
+    tokens = grid.block_tokens(pixel)
+    return block_mass(q, k, grid, order, (pixel, pixel)) / (tokens[:, None] * tokens[None, :])
+
+
+def head_slots(grid: TokenGrid, names: Sequence[str]) -> np.ndarray:
+    """int32 [heads, N]: kernel slot -> model token, one order per head."""
+    return np.stack([grid.index(name) for name in names])
+
+
+@jax.jit
+def row_lse(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Log-sum-exp of every row of scores, in log2 units: float32 [heads, B, N]. q, k: [B, N, heads, D]."""
+
+    def head(q, k):
+        def strip(rows):
+            scores = _dot(rows, k)
+            top = scores.max(-1)
+            return top + jnp.log2(jnp.exp2(scores - top[:, None]).sum(-1))
+
+        return jax.lax.map(strip, _cut(q, _STRIP_ROWS)).reshape(-1)[: len(q)]
+
+    return _each(lambda q, k: _each(head, q, k), _queries(q), _by_head(k))
+
+
+@functools.partial(jax.jit, static_argnames="block")
+def block_sums(q: jax.Array, k: jax.Array, lse: jax.Array, slots: jax.Array, *, block: tuple[int, int]) -> jax.Array:
+    """Sum of P over every block, averaged over the batch: float32 [heads, nq, nk].
+
+    q, k: [B, N, heads, D]; lse: of `row_lse`; slots: int32 [heads, N] or, to see part of the map, its first few.
+    """
+    (total,) = _block_statistics(q, k, lse, slots, block, lambda p: (_sum(p),))
+    return jnp.mean(total, 1)
+
+
+@functools.partial(jax.jit, static_argnames="block")
+def block_shapes(
+    q: jax.Array, k: jax.Array, lse: jax.Array, slots: jax.Array, eps: float, *, block: tuple[int, int]
+) -> tuple[jax.Array, jax.Array]:
+    """What the paper's metric sees of every block (its eq. 1-3), arguments as `block_sums`.
+
+    Returns float32 [heads, B, nq, nk] twice: the share of the block's elements under `eps`, and max P / mean P (1 where
+    the block is all zeros).
+    """
+    (total, peak, large) = _block_statistics(
+        q, k, lse, slots, block, lambda p: (_sum(p), p.max((1, 3)), _sum((p >= eps).astype(jnp.float32)))
+    )
+    size = np.multiply.outer(*(_block_tokens(slots.shape[-1], b) for b in block)).astype(np.float32)
+    # P is 0 where the scores are beyond float32; a block of zeros is perfectly even.
+    return (size - large) / size, jnp.where(total > 0, peak * size / jnp.where(total > 0, total, 1), 1)
+
+
+@jax.jit
+def finite(x: jax.Array) -> jax.Array:
+    """True when no element is NaN or infinite."""
+    return jnp.isfinite(x).all()
+
+
+@jax.jit
+def token_mean(x: jax.Array) -> jax.Array:
+    """Mean over batch and tokens: float32 [heads, D] of [B, N, heads, D]."""
+    return jnp.mean(x.astype(jnp.float32), (0, 1))
+
+
+def _block_statistics(q, k, lse, slots, block: tuple[int, int], reduce: Callable[[jax.Array], tuple[jax.Array, ...]]):
+    """`reduce` of every block of P: [heads, B, nq, nk] each. It gets [query blocks, bq, nk, bk], zeros past the last token."""
+    bq, bk = block
+    tokens = slots.shape[-1]
+    nq, nk = -(-tokens // bq), -(-tokens // bk)
+    rows = bq * min(max(1, _STRIP_ROWS // bq), nq)
+
+    def head(q, k, lse, slots):
+        q, k, lse = (jnp.take(x, slots, axis=0, unique_indices=True, mode="clip") for x in (q, k, lse))
+        k = jnp.pad(k, ((0, nk * bk - tokens), (0, 0)))
+        real = jnp.arange(nk * bk) < tokens
+
+        def strip(args):
+            rows, lse = args
+            p = jnp.where(real, jnp.exp2(_dot(rows, k) - lse[:, None]), 0)
+            return reduce(p.reshape(-1, bq, nk, bk))
+
+        maps = jax.lax.map(strip, (_cut(q, rows), _cut(lse, rows, jnp.inf)))  # exp2(-inf): a row past the end weighs 0
+        return tuple(x.reshape(-1, nk)[:nq] for x in maps)
+
+    def batch(q, k, lse, slots):
+        return _each(lambda q, k, lse: head(q, k, lse, slots), q, k, lse)
+
+    return _each(batch, _queries(q), _by_head(k), lse, jnp.asarray(slots))
+
+
+def _each(f: Callable[..., Any], *xs: Any) -> Any:
+    """`f` over the leading axis, one after the other: heads in parallel would multiply the strips in memory."""
+    return jax.lax.map(lambda args: f(*args), xs)
+
+
+def _by_head(x: jax.Array) -> jax.Array:
+    """float32 [heads, B, N, D]"""
+    return x.transpose(2, 0, 1, 3).astype(jnp.float32)
+
+
+def _queries(q: jax.Array) -> jax.Array:
+    return _by_head(q) * (math.log2(math.e) / math.sqrt(q.shape[-1]))
+
+
+def _dot(rows: jax.Array, k: jax.Array) -> jax.Array:
+    # Accelerators would round float32 operands to bfloat16 or TF32.
+    return jnp.dot(rows, k.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def _cut(x: jax.Array, rows: int, fill: float = 0.0) -> jax.Array:
+    """[strips, rows, ...], the last strip filled up."""
+    strips = -(-len(x) // rows)
+    padding = [(0, strips * rows - len(x))] + [(0, 0)] * (x.ndim - 1)
+    return jnp.pad(x, padding, constant_values=fill).reshape(strips, rows, *x.shape[1:])
+
+
+def _sum(p: jax.Array) -> jax.Array:
+    # Rows first: that sum runs along whole vectors.
+    return p.sum(1).sum(-1)
+
+
+def _block_tokens(tokens: int, size: int) -> np.ndarray:
+    return np.minimum(size, tokens - np.arange(0, tokens, size))

@@ -1,0 +1,141 @@
+"""What makes an order good: objectives that turn one sample into an error per order and head, the lower the better."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import paro_jax
+from calibrate import _choose, _mass
+from calibrate._capture import Checked
+from paro_jax import AttentionPlan, BlockMask, QuantSpec, TokenGrid
+
+OBJECTIVES = ("mass", "paro", "error")
+
+
+@dataclass(frozen=True)
+class ParoMetric:
+    """The paper's metric (its eq. 1-3), literally, as an objective: `make_plan(objective=ParoMetric(...))`.
+
+    On the grid part of the map, cut in blocks: M_sparse is the share of blocks in which at least `sigma` of the elements
+    are under `eps`; M_quant the mean over blocks of max P / mean P. The order with the least
+    alpha M_sparse / sum(M_sparse) + (1 - alpha) M_quant / sum(M_quant) wins, sums over the candidate orders.
+
+    `eps` is 17.5 times the mean of P at the 17.5k tokens of the paper's video model but 4 times at 4096 tokens: scale it as
+    c / N. `sign`: +1 is the formula as printed, although a larger M_sparse sounds better; -1 takes 1 - M_sparse in its
+    place. Which of the two finds the better order depends on eps N (a diagonal leaves a block "sparse" that cannot be
+    skipped), hence the default objective, "mass". `alpha` is unpublished.
+
+    Raises ValueError for eps not above 0, sigma or alpha outside [0, 1], or another sign.
+    """
+
+    eps: float = 1e-3
+    sigma: float = 0.9
+    alpha: float = 0.5
+    sign: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.eps > 0 or not np.isfinite(self.eps):
+            raise ValueError(f"eps must be a positive number, an attention probability such as 1e-3; got {self.eps!r}.")
+        for name in ("sigma", "alpha"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1]; got {getattr(self, name)!r}.")
+        if self.sign not in (1, -1):
+            raise ValueError(f"sign must be +1 (the formula as printed) or -1 (1 - M_sparse); got {self.sign!r}.")
+
+
+Objective = str | ParoMetric
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an order is judged for; the validated arguments of `make_plan`."""
+
+    grid: TokenGrid
+    block: tuple[int, int]
+    density: float
+    orders: tuple[str, ...]
+    objective: Objective
+    quant: QuantSpec
+    bucket_edges: tuple[float, ...]
+    rule: str
+
+    @property
+    def always(self) -> np.ndarray:
+        return self.grid.always_keep(self.block)
+
+
+def errors(task: Task, sample: Checked) -> np.ndarray:
+    """float64 [orders, heads]: the error of every candidate order on one sample."""
+    lse = _mass.row_lse(sample.q, sample.k)
+    if isinstance(task.objective, ParoMetric):
+        return paro_error(*_paro_terms(task, task.objective, sample, lse), task.objective)
+    error = _lost_mass if task.objective == "mass" else _output_error
+    return np.stack([error(task, sample, lse, name) for name in task.orders])
+
+
+def chosen_mass(task: Task, sample: Checked, names: Sequence[str], lse: jax.Array | None = None) -> np.ndarray:
+    """float32 [heads, nq, nk]: block mass of a sample in the order of each head."""
+    lse = _mass.row_lse(sample.q, sample.k) if lse is None else lse
+    slots = _mass.head_slots(task.grid, names)
+    return np.asarray(_mass.block_sums(sample.q, sample.k, lse, slots, block=task.block))
+
+
+def share(task: Task, mass: np.ndarray) -> np.ndarray:
+    """s_ij: mass over the tokens of the query block, so that the rows of a map sum to 1."""
+    return mass / task.grid.block_tokens(task.block[0])[:, None].astype(np.float32)
+
+
+def output_error(sample: Checked, plan: AttentionPlan) -> tuple[np.ndarray, np.ndarray]:
+    """Relative L1 and cosine of a site's output under a plan against dense attention: float64 [heads] each."""
+    dense = AttentionPlan.dense(plan.grid, heads=plan.heads, block=plan.block)  # not jax.nn: that holds the N x N map
+    l1, size, inner, norm, norm_dense = _compare(sample.q, sample.k, sample.v, plan, dense)
+    relative = np.where(size > 0, l1 / np.where(size > 0, size, 1), np.where(l1 > 0, np.inf, 0))
+    scale = np.sqrt(norm) * np.sqrt(norm_dense)
+    same = (norm == 0) & (norm_dense == 0)
+    return relative, np.where(scale > 0, inner / np.where(scale > 0, scale, 1), same)
+
+
+def _lost_mass(task: Task, sample: Checked, lse: jax.Array, name: str) -> np.ndarray:
+    mass = chosen_mass(task, sample, [name] * sample.q.shape[2], lse)
+    return 1 - _choose.retained(mass, task.always, task.density)
+
+
+def _output_error(task: Task, sample: Checked, lse: jax.Array, name: str) -> np.ndarray:
+    if sample.v is None:
+        raise ValueError(
+            f'objective "error" needs v in every sample; {sample.name} has none. Record v, or use objective="mass".'
+        )
+    mass = chosen_mass(task, sample, [name] * sample.q.shape[2], lse)
+    keep, _ = _choose.mask(share(task, mass), task.always, task.density, "head")
+    plan = AttentionPlan.build(task.grid, order=name, mask=BlockMask(jnp.asarray(keep), task.block), quant=task.quant)
+    return output_error(sample, plan)[0]
+
+
+@jax.jit
+def _compare(q, k, v, plan: AttentionPlan, dense: AttentionPlan):
+    a, b = (paro_jax.attention(q, k, v, plan=p).astype(jnp.float32) for p in (plan, dense))
+    sums = (abs(a - b), abs(b), a * b, a * a, b * b)
+    return [jnp.sum(x, (0, 1, 3)) for x in sums]
+
+
+def _paro_terms(task: Task, metric: ParoMetric, sample: Checked, lse: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """M_sparse and M_quant, float64 [orders, heads], averaged over the batch. Text, last in kernel order, is left out."""
+    sparse, quant = [], []
+    for name in task.orders:
+        slots = _mass.head_slots(task.grid, [name] * sample.q.shape[2])[:, : task.grid.grid_tokens]
+        small, psi = _mass.block_shapes(sample.q, sample.k, lse, slots, metric.eps, block=task.block)
+        sparse.append(np.mean(np.asarray(small) >= np.float32(metric.sigma), (1, 2, 3)))
+        quant.append(np.mean(np.asarray(psi), (1, 2, 3), dtype=np.float64))
+    return np.stack(sparse), np.stack(quant)
+
+
+def paro_error(sparse: np.ndarray, quant: np.ndarray, metric: ParoMetric) -> np.ndarray:
+    """The paper's M of every order, float64 [orders, heads], from M_sparse and M_quant of every order."""
+    sparse = sparse if metric.sign > 0 else 1 - sparse
+    total = sparse.sum(0)
+    # No order has a sparse block: the term says nothing, and must not be 0 / 0.
+    first = np.divide(sparse, total, out=np.zeros_like(sparse), where=total > 0)
+    return metric.alpha * first + (1 - metric.alpha) * quant / quant.sum(0)
