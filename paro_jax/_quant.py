@@ -1,0 +1,63 @@
+"""How an attention call is computed: the widths of its two products and what one quantisation scale covers."""
+
+from dataclasses import dataclass, fields
+from typing import Literal, get_args, get_type_hints
+
+Width = Literal["bf16", "fp8", "int8", "int4"]
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """Widths and scale groups of one attention call. Static: part of the jit key.
+
+    `qk`, `pv`: width of the operands of QK^T and of PV. "bf16" means not quantised: the product is computed at the
+    dtype of the inputs (float32, bfloat16 or float16) with float32 softmax and accumulation. "int8" and "int4" are
+    symmetric, rounded half to even, scale = amax / 127 or amax / 7; "fp8" is e4m3, scale = amax / 448.
+    `smooth_k`: subtract a per-channel mean from K before it is quantised. softmax does not notice, the scales shrink
+    (SageAttention, section 4.2). No effect when qk is "bf16".
+    `q_group`, `k_group`: one scale per token ("row") or per block of tokens ("block").
+    `v_group`: one scale per channel, or per block and channel ("block").
+    `p_scale`: P is quantised relative to its row's maximum inside the key block ("block") or to the running maximum
+    over the kept blocks so far ("running"). "block" keeps small tails alive: under one scale a P below 1/254 is lost.
+
+    Raises ValueError for a value outside these sets.
+    """
+
+    qk: Width = "bf16"
+    pv: Width = "bf16"
+    smooth_k: bool = True
+    q_group: Literal["row", "block"] = "row"
+    k_group: Literal["block", "row"] = "block"
+    v_group: Literal["channel", "block"] = "channel"
+    p_scale: Literal["block", "running"] = "block"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            allowed = (True, False) if field.name == "smooth_k" else get_args(_TYPES[field.name])
+            # `in` alone would take 1 for True.
+            if type(value) is not type(allowed[0]) or value not in allowed:
+                raise ValueError(
+                    f"QuantSpec {field.name} must be one of {', '.join(map(repr, allowed))}; got {value!r}."
+                )
+
+    @property
+    def quantised(self) -> bool:
+        """True when either product runs below the width of the inputs."""
+        return self.qk != "bf16" or self.pv != "bf16"
+
+    @property
+    def smooths_k(self) -> bool:
+        """True when a K mean is subtracted."""
+        return self.smooth_k and self.qk != "bf16"
+
+    def width(self, role: str) -> Width:
+        """Width at which role "q", "k" or "v" is stored."""
+        return self.pv if role == "v" else self.qk
+
+    def group(self, role: str) -> str:
+        """What one scale of role "q", "k" or "v" covers."""
+        return {"q": self.q_group, "k": self.k_group, "v": self.v_group}[role]
+
+
+_TYPES = get_type_hints(QuantSpec)
