@@ -1,4 +1,4 @@
-"""What calibration looks at: q and k of attention layers, recorded while a model runs, and the checks they must pass."""
+"""What calibration looks at: q and k of attention layers, recorded while a model runs, and their checks."""
 
 import functools
 import zlib
@@ -62,8 +62,9 @@ def capture(
     jax.effects_barrier()
     if not seen:
         raise ValueError(
-            "run must call the attention function it is given, once per attention layer; it was never called. A function "
-            "that was compiled earlier keeps the attention it was compiled with: build or jit the model inside run."
+            "run must call the attention function it is given, once per attention layer; it was never called. A "
+            "function that was compiled earlier keeps the attention it was compiled with: build or jit the model "
+            "inside run."
         )
     return [Sample(site, step, *qkv) for site, qkv in enumerate(seen)]
 
@@ -98,8 +99,8 @@ def check_reiterable(samples: Any, name: str = "samples") -> None:
         again = False
     if not again:
         raise ValueError(
-            f"{name} must be an iterable of calibrate.Sample that can be iterated again, such as a list or an object whose "
-            f"__iter__ starts anew (calibration passes over it more than once); got {type(samples).__name__}. "
+            f"{name} must be an iterable of calibrate.Sample that can be iterated again, such as a list or an object "
+            f"whose __iter__ starts anew (calibration passes over it more than once); got {type(samples).__name__}. "
             "Put a generator's code into the __iter__ of a class."
         )
 
@@ -122,16 +123,16 @@ def read(
 ) -> Iterator[Checked]:
     """The samples one by one, each checked; `like`: a sample whose heads and head dim all must share.
 
-    Raises ValueError, naming the sample, for anything that is not a Sample of this grid, for samples of two shapes, and for
-    NaN or infinity.
+    Raises ValueError, naming the sample, for anything that is not a Sample of this grid, for samples of two shapes,
+    and for NaN or infinity.
     """
     for number, sample in enumerate(samples):
         checked = _check(number, sample, grid, edges, name)
         like = checked if like is None else like
         if checked.q.shape[2:] != like.q.shape[2:]:
             raise ValueError(
-                f"{name} must all have the same heads and head dim; {like.name} has {_shape(like.q)}, {checked.name} has "
-                f"{_shape(checked.q)}. Calibrate layers of another shape on their own."
+                f"{name} must all have the same heads and head dim; {like.name} has {_shape(like.q)}, {checked.name} "
+                f"has {_shape(checked.q)}. Calibrate layers of another shape on their own."
             )
         yield checked
 
@@ -152,20 +153,21 @@ def _check(number: int, sample: Any, grid: TokenGrid, edges: Sequence[float], na
         step = float("nan")
     if not 0 <= step < 1:
         raise ValueError(
-            f"{name}: step must be a fraction of the schedule in [0, 1), e.g. 9 / 30; number {number} (site {site}) has "
-            f"{sample.step!r}."
+            f"{name}: step must be a fraction of the schedule in [0, 1), e.g. 9 / 30; number {number} (site {site}) "
+            f"has {sample.step!r}."
         )
     bucket = bucket_of(step, edges)
-    checked = Checked(number, int(site), step, bucket, *(None if x is None else jnp.asarray(x) for x in sample[2:]))
-    for role, x in zip("qkv", checked[4:], strict=True):
-        if x is None and role == "v":
+    q, k = jnp.asarray(sample.q), jnp.asarray(sample.k)
+    v = None if sample.v is None else jnp.asarray(sample.v)
+    checked = Checked(number, int(site), step, bucket, q, k, v)
+    for role, x in {"q": q, "k": k, "v": v}.items():
+        if x is None:
             continue
-        if x is None or x.ndim != 4 or x.shape[1] != grid.tokens or 0 in x.shape or x.shape != checked.q.shape:
-            found = "None" if x is None else _shape(x)
-            other = "" if x is None or role == "q" else f" (q is {_shape(checked.q)})"
+        if x.ndim != 4 or x.shape[1] != grid.tokens or 0 in x.shape or x.shape != q.shape:
+            other = "" if role == "q" else f" (q is {_shape(q)})"
             raise ValueError(
                 f"{name}: {role} of {checked.name} must be [B, {grid.tokens}, heads, D] for {grid.tokens} tokens (grid "
-                f"{grid.shape}, text {grid.text}), the same for q, k and v; got {found}{other}."
+                f"{grid.shape}, text {grid.text}), the same for q, k and v; got {_shape(x)}{other}."
             )
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"{name}: {role} of {checked.name} must be floating point; got {x.dtype}.")
@@ -179,7 +181,7 @@ def _check(number: int, sample: Any, grid: TokenGrid, edges: Sequence[float], na
 
 
 def bucket_of(step: float, edges: Sequence[float]) -> int:
-    """The bucket that holds `step`, exactly as `AttentionPlan.at_step` counts: fractions compared, so 3/10 is not below 0.3."""
+    """The bucket that holds `step`, as `AttentionPlan.at_step` counts: in fractions, so 3/10 is not below 0.3."""
     at = Fraction(step).limit_denominator(10**6)
     return sum(at >= Fraction(edge).limit_denominator(10**6) for edge in edges[1:-1])
 

@@ -43,9 +43,9 @@ Sums = dict[tuple[int, ...], Sum]
 class State:
     """Everything that calibration remembers of the samples it saw.
 
-    `digests`: one number per sample, of the first pass. `errors` {(site,): float64 [orders, heads]}; `mass` {(bucket, site):
-    float32 [heads, nq, nk]}; `k` {(site,): float64 [heads, D]}. `passed`: samples that the orders pass and the mass pass
-    have behind them.
+    `digests`: one number per sample, of the first pass. `errors` {(site,): float64 [densities, orders,
+    heads]}; `mass` {(density, bucket, site): float32 [heads, nq, nk]}; `k` {(site,): float64 [heads, D]}. `passed`:
+    samples that the orders pass and the mass pass have behind them.
     """
 
     digests: list[int] = field(default_factory=list)
@@ -97,7 +97,8 @@ class Checkpoint:
             if header["settings"].get(name) != here:
                 there = header["settings"].get(name)
                 raise ValueError(
-                    f"checkpoint {self.path} was written by a run with {name} = {there!r}, this one has {here!r}. {advice}"
+                    f"checkpoint {self.path} was written by a run with {name} = {there!r}, this one has {here!r}. "
+                    f"{advice}"
                 )
         state = State(header["digests"], header["passed"], header["finished"])
         for name, (part, *key, count) in header["sums"].items():

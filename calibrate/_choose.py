@@ -17,7 +17,7 @@ def orders(errors: np.ndarray) -> np.ndarray:
 
 
 def floor_blocks(always: np.ndarray) -> int:
-    """How many blocks of a head are kept whatever the budget: always_keep, and one in each row that has none of those."""
+    """Blocks of a head that are kept whatever the budget: always_keep, and one in each row that has none of those."""
     return int(always.sum() + (~always.any(1)).sum())
 
 
@@ -29,9 +29,9 @@ def budget_of(density: float, blocks: int) -> int:
 def retained(mass: np.ndarray, always: np.ndarray, density: float) -> np.ndarray:
     """float64 [...]: part of the mass that a budget of its own retains, blocks always kept counted first.
 
-    mass: [..., nq, nk] sums of P over blocks. The rest of the budget goes to the heaviest blocks, row or no row: this is
-    R of the method's objective. (A mask also keeps a block in every row, which costs little mass and is the same idea for
-    every order.)
+    mass: [..., nq, nk] sums of P over blocks. The rest of the budget goes to the heaviest blocks, row or no row: this
+    is R of the method's objective. (A mask also keeps a block in every row, which costs little mass and is the same
+    idea for every order.)
     """
     forced, free = mass[..., always], mass[..., ~always]
     room = min(budget_of(density, always.size) - forced.shape[-1], free.shape[-1])
@@ -41,19 +41,25 @@ def retained(mass: np.ndarray, always: np.ndarray, density: float) -> np.ndarray
     return (forced.sum(-1, dtype=np.float64) + best.sum(-1, dtype=np.float64)) / mass.sum((-2, -1), dtype=np.float64)
 
 
+def kept_mass(mass: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """float64 [...]: part of the mass [..., nq, nk] that `keep` keeps."""
+    return np.where(keep, mass, 0).sum((-2, -1), dtype=np.float64) / mass.sum((-2, -1), dtype=np.float64)
+
+
 def mask(share: np.ndarray, always: np.ndarray, density: float, rule: str = "global") -> tuple[np.ndarray, np.ndarray]:
     """Which blocks are kept: bool [..., heads, nq, nk], and the threshold that decided, float32.
 
-    share: float32 [..., heads, nq, nk], >= 0, attention mass of a block over the rows of its query block (s_ij, rows sum to
-    1). Kept are the blocks whose share reaches a threshold, one for everything ("global"), one per head or one per row; the
-    threshold is the least that keeps the density at or under `density`. Blocks of equal share are kept or skipped together.
+    share: float32 [..., heads, nq, nk], >= 0, attention mass of a block over the rows of its query block (s_ij, rows
+    sum to 1). Kept are the blocks whose share reaches a threshold, one for everything ("global"), one per head or one
+    per row; the threshold is the least that keeps the density at or under `density`. Blocks of equal share are kept or
+    skipped together.
 
-    `always` [nq, nk] comes first, with the heaviest block of each row that has none of those. Next, while the budget lasts,
-    the heaviest block of every other row: a query that sees only text is worse than its mass tells.
+    `always` [nq, nk] comes first, with the heaviest block of each row that has none of those. Next, while the budget
+    lasts, the heaviest block of every other row: a query that sees only text is worse than its mass tells.
     A threshold above 1 says that the budget ended there. "row" splits what the always dense rows leave evenly.
     """
     heads, (nq, nk) = share.shape[:-2], share.shape[-2:]
-    # Three tiers in one number: infinity is kept anyway, a row's heaviest block stands above all shares, which are <= 1.
+    # Three tiers in one number: infinity is kept anyway, a row's heaviest block stands above all shares (at most 1).
     value = np.array(share, np.float32)
     heaviest = np.argmax(np.where(always, -1, value), axis=-1)[..., None]
     at_heaviest = np.take_along_axis(value, heaviest, -1)

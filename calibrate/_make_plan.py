@@ -15,7 +15,7 @@ from calibrate._checkpoint import Checkpoint, State
 from calibrate._score import Objective, ParoMetric, Task
 from paro_jax import AttentionPlan, BlockMask, QuantSpec, TokenGrid
 
-Names = Callable[[int, int], list[str]]  # (site, heads) -> name of each head's order
+Names = Callable[[int, int, int], list[str]]  # (number of the density, site, heads) -> name of each head's order
 Parts = list[tuple[_checkpoint.Sums, tuple[int, ...], np.ndarray]]  # what one sample adds to which running means
 
 
@@ -37,25 +37,27 @@ def make_plan(
     """Decide every head's order and every (bucket, head)'s mask from samples of its attention.
 
     Args:
-      samples: a re-iterable of `Sample`; at least one for every site and bucket. It is iterated twice, one sample in memory
-        at a time, and must give the same samples both times. Several prompts and a batch are averaged.
+      samples: a re-iterable of `Sample`; at least one for every site and bucket. It is iterated twice, one sample in
+        memory at a time, and must give the same samples both times. Several prompts and a batch are averaged.
       grid: the tokens of the samples.
-      density: kept blocks / all blocks, text included, in (0, 1]; the average over everything. The plan's density is not
-        above it, and falls short by less than a block and those of equal share that would have come with it.
+      density: kept blocks / all blocks, text included, in (0, 1]; the average over everything. The plan's density is
+        not above it, and falls short by less than a block and those of equal share that would have come with it.
       block: (query tokens, key tokens) of a block.
-      objective: what makes an order good. "mass": most attention mass retained at `density` by the head on its own. "paro":
-        the paper's metric, with its options as a `ParoMetric`. "error": least relative L1 error of the sparse and quantised
-        output; needs v. Orders closer than 1e-6 are equal and the first of `grid.orders` wins: model order is free.
+      objective: what makes an order good. "mass": most attention mass retained at `density` by the head on its own.
+        "paro": the paper's metric, with its options as a `ParoMetric`. "error": least relative L1 error of the sparse
+        and quantised output; needs v. Orders closer than 1e-6 are equal and the first of `grid.orders` wins: model
+        order is free.
       orders: names of the candidates, of `grid.orders` (which has the bricks of the grid); None for all of them.
       quant: widths that the plan computes at.
       bucket_edges: fractions of the schedule from 0 to 1; each interval gets masks of its own. Orders and K means are
         shared by all buckets.
       heldout: samples that decided nothing; the report then tells how well the plan does on them.
       progress: show a progress bar with the time left, on stderr.
-      checkpoint: a file that keeps what was computed so far, saved every half minute and when the run stops; the same call
-        goes on from it and gives the plan that an undisturbed run gives, bit for bit. Deleted when the plan is made.
-      rule: where the budget is shared. "global": one threshold for all buckets, sites and heads. "head": `density` for each
-        head. "row": the same number of blocks in each row of query blocks.
+      checkpoint: a file that keeps what was computed so far, saved every half minute and when the run stops; the same
+        call goes on from it and gives the plan that an undisturbed run gives, bit for bit. Deleted when the plan is
+        made.
+      rule: where the budget is shared. "global": one threshold for all buckets, sites and heads. "head": `density` for
+        each head. "row": the same number of blocks in each row of query blocks.
 
     Returns:
       The plan, with leading axes (sites,) for one bucket and (buckets, sites) for several, and its `Report`.
@@ -63,7 +65,38 @@ def make_plan(
     Raises:
       ValueError: an argument of these, or a sample, is not as said here; the message names it.
     """
-    task = _check(grid, density, block, objective, orders, quant, bucket_edges, rule)
+    task = _check(grid, [density], block, objective, orders, quant, bucket_edges, rule)
+    return _calibrate(samples, task, heldout, progress, checkpoint)[0]
+
+
+def make_plans(
+    samples: Samples,
+    grid: TokenGrid,
+    *,
+    densities: Sequence[float],
+    block: tuple[int, int] = (64, 64),
+    objective: Objective = "mass",
+    orders: Sequence[str] | None = None,
+    quant: QuantSpec = QuantSpec(),
+    bucket_edges: Sequence[float] = (0.0, 1.0),
+    heldout: Samples | None = None,
+    progress: bool = True,
+    checkpoint: str | os.PathLike | None = None,
+    rule: str = "global",
+) -> list[tuple[AttentionPlan, _report.Report]]:
+    """`make_plan` for each of several densities, for about the price of one: the samples are looked at together.
+
+    Returns a plan and a report per density, the same as `make_plan` gives.
+    """
+    if isinstance(densities, (str, float, int)) or len(densities) == 0:
+        raise ValueError(f"densities must be a sequence of at least one density, e.g. (0.5, 0.3); got {densities!r}.")
+    task = _check(grid, densities, block, objective, orders, quant, bucket_edges, rule)
+    return _calibrate(samples, task, heldout, progress, checkpoint)
+
+
+def _calibrate(
+    samples: Samples, task: Task, heldout: Samples | None, progress: bool, checkpoint: str | os.PathLike | None
+) -> list[tuple[AttentionPlan, _report.Report]]:
     _capture.check_reiterable(samples)
     if heldout is not None:
         _capture.check_reiterable(heldout, "heldout")
@@ -72,28 +105,29 @@ def make_plan(
     state = file.load()
     work = {"orders": (len(task.orders) + 1 if len(task.orders) > 1 else 0, samples), "mass": (2, samples)}
     if heldout is not None:
-        work["heldout"] = (3, heldout)
+        work["heldout"] = (3 * len(task.densities), heldout)
     with _Bar(progress, work, state.passed) as bar:
         names = _decide_orders(task, samples, state, file, bar)
         _pass("mass", "block mass", _count_mass(task, names, state), samples, task, state, file, bar)
-        plan, threshold = _build(task, names, state)
-        held = _report.Held()
-        if heldout is not None:
-            _judge(task, plan, heldout, held, bar, state)
-    report = _report.make(
-        task, plan, state, threshold, held if heldout is not None else None, time.perf_counter() - start
-    )
+        built = [_build(task, i, names, state) for i in range(len(task.densities))]
+        plans = [plan for plan, _ in built]
+        held = [None] * len(plans) if heldout is None else _judge(task, plans, heldout, bar)
+    seconds = time.perf_counter() - start
+    made = []
+    for i, (plan, threshold) in enumerate(built):
+        made.append((plan, _report.make(task, i, plan, state, threshold, held[i], seconds)))
     file.done()
-    return plan, report
+    return made
 
 
-def _check(grid, density, block, objective, orders, quant, bucket_edges, rule) -> Task:
+def _check(grid, densities, block, objective, orders, quant, bucket_edges, rule) -> Task:
     """The arguments, validated."""
     for name, value, kind in (("grid", grid, TokenGrid), ("quant", quant, QuantSpec)):
         if not isinstance(value, kind):
             raise ValueError(f"{name} must be a {kind.__name__}; got {value!r}.")
-    if isinstance(density, bool) or not isinstance(density, (int, float, np.number)) or not 0 < density <= 1:
-        raise ValueError(f"density must be kept blocks / all blocks, in (0, 1]; got {density!r}.")
+    for density in densities:
+        if isinstance(density, bool) or not isinstance(density, (int, float, np.number)) or not 0 < density <= 1:
+            raise ValueError(f"density must be kept blocks / all blocks, in (0, 1]; got {density!r}.")
     nq, nk = grid.blocks(block)
     if objective == "paro":
         objective = ParoMetric()
@@ -104,41 +138,47 @@ def _check(grid, density, block, objective, orders, quant, bucket_edges, rule) -
         raise ValueError(f"rule must be one of {', '.join(map(repr, _choose.RULES))}; got {rule!r}.")
     if isinstance(orders, str) or (orders is not None and len(set(orders)) == 0):
         raise ValueError(
-            f"orders must be a sequence of names of grid.orders ({', '.join(grid.orders)}), or None for all; got {orders!r}."
+            f"orders must be a sequence of names of grid.orders ({', '.join(grid.orders)}), or None for all; got "
+            f"{orders!r}."
         )
     ids = range(len(grid.orders)) if orders is None else sorted({grid.order_id(name) for name in orders})
-    density = float(density)
+    densities, density = tuple(map(float, densities)), float(min(densities))
     always = grid.always_keep(block)
     floor, blocks = _choose.floor_blocks(always), nq * nk
     if _choose.budget_of(density, blocks) < floor:
         raise ValueError(
-            f"density must be at least {floor / blocks:.4f} here: {floor} of a head's {nq} x {nk} blocks of {tuple(block)} "
-            f"tokens are always kept (text rows and columns, one block a row); got {density}, which is "
+            f"density must be at least {floor / blocks:.4f} here: {floor} of a head's {nq} x {nk} blocks of "
+            f"{tuple(block)} tokens are always kept (text rows and columns, one block a row); got {density}, which is "
             f"{_choose.budget_of(density, blocks)} blocks. Raise the density or use smaller blocks."
         )
     names = tuple(grid.orders[i] for i in ids)
     edges = _capture.check_edges(bucket_edges)
-    return Task(grid, (int(block[0]), int(block[1])), density, names, objective, quant, edges, rule)
+    return Task(grid, (int(block[0]), int(block[1])), densities, names, objective, quant, edges, rule)
 
 
 def _decide_orders(task: Task, samples: Samples, state: State, file: Checkpoint, bar: "_Bar") -> Names:
     """The first pass; returns what names the orders of a site's heads."""
     if len(task.orders) == 1:  # nothing to decide, so nothing to look at
-        return lambda site, heads: list(task.orders) * heads
+        return lambda density, site, heads: list(task.orders) * heads
 
     def count(sample: Checked) -> Parts:
         return [(state.errors, (sample.site,), _score.errors(task, sample))]
 
     _pass("orders", "scoring orders", count, samples, task, state, file, bar)
     chosen = {site: _choose.orders(entry.mean) for (site,), entry in state.errors.items()}
-    return lambda site, heads: [task.orders[i] for i in chosen[site]]
+    return lambda density, site, heads: [task.orders[i] for i in chosen[site][density]]
 
 
 def _count_mass(task: Task, names: Names, state: State) -> Callable[[Checked], Parts]:
     def count(sample: Checked) -> Parts:
-        mass = _score.chosen_mass(task, sample, names(sample.site, sample.q.shape[2]))
-        k_mean = np.asarray(_mass.token_mean(sample.k), np.float64)
-        return [(state.mass, (sample.bucket, sample.site), mass), (state.k, (sample.site,), k_mean)]
+        parts: Parts = [(state.k, (sample.site,), np.asarray(_mass.token_mean(sample.k), np.float64))]
+        seen: dict[tuple[str, ...], np.ndarray] = {}
+        for density in range(len(task.densities)):
+            chosen = tuple(names(density, sample.site, sample.q.shape[2]))
+            if chosen not in seen:  # most densities agree
+                seen[chosen] = _score.chosen_mass(task, sample, chosen)
+            parts.append((state.mass, (density, sample.bucket, sample.site), seen[chosen]))
+        return parts
 
     return count
 
@@ -191,8 +231,8 @@ def _same_again(sample: Checked, state: State) -> None:
         state.digests.append(digest)
     elif state.digests[sample.number] != digest:
         raise ValueError(
-            f"samples must be the same each time they are iterated, and those of the checkpoint if there is one; number "
-            f"{sample.number}, {sample.name}, is not what it was. Fix the seeds or store the samples."
+            "samples must be the same each time they are iterated, and those of the checkpoint if there is one; "
+            f"number {sample.number}, {sample.name}, is not what it was. Fix the seeds or store the samples."
         )
 
 
@@ -201,7 +241,8 @@ def _check_coverage(number: int, found: set[tuple[int, int]], task: Task, state:
         raise ValueError("samples must hold at least one calibrate.Sample; it is empty.")
     if number != len(state.digests):
         raise ValueError(
-            f"samples must be the same each time they are iterated; there were {len(state.digests)}, now there are {number}."
+            f"samples must be the same each time they are iterated; there were {len(state.digests)}, now there are "
+            f"{number}."
         )
     sites = 1 + max(site for _, site in found)
     missing = sorted(set(range(sites)) - {site for _, site in found})
@@ -214,17 +255,18 @@ def _check_coverage(number: int, found: set[tuple[int, int]], task: Task, state:
         missing = [site for site in range(sites) if (bucket, site) not in found]
         if missing:
             raise ValueError(
-                f"samples must cover every site in every bucket; there is none for bucket {bucket} (steps from {low:g} to "
-                f"under {high:g}) of site {', '.join(map(str, missing))}. Capture a step there, or give fewer bucket_edges."
+                f"samples must cover every site in every bucket; there is none for bucket {bucket} (steps from "
+                f"{low:g} to under {high:g}) of site {', '.join(map(str, missing))}. Capture a step there, or give "
+                "fewer bucket_edges."
             )
 
 
-def _build(task: Task, names: Names, state: State) -> tuple[AttentionPlan, np.ndarray]:
+def _build(task: Task, density: int, names: Names, state: State) -> tuple[AttentionPlan, np.ndarray]:
     buckets = len(task.bucket_edges) - 1
-    sites = 1 + max(site for _, site in state.mass)
-    mass = np.stack([np.stack([state.mass[b, s].mean for s in range(sites)]) for b in range(buckets)])
-    keep, threshold = _choose.mask(_score.share(task, mass), task.always, task.density, task.rule)
-    order = [names(site, mass.shape[2]) for site in range(sites)]
+    sites = len(state.k)
+    mass = np.stack([np.stack([state.mass[density, b, s].mean for s in range(sites)]) for b in range(buckets)])
+    keep, threshold = _choose.mask(_score.share(task, mass), task.always, task.densities[density], task.rule)
+    order = [names(density, site, mass.shape[2]) for site in range(sites)]
     k_mean = np.broadcast_to(
         np.stack([state.k[site,].mean for site in range(sites)]).astype(np.float32),
         (buckets, sites, *state.k[0,].total.shape),
@@ -242,28 +284,29 @@ def _build(task: Task, names: Names, state: State) -> tuple[AttentionPlan, np.nd
     return plan, threshold
 
 
-def _judge(task: Task, plan: AttentionPlan, heldout: Samples, held: "_report.Held", bar: "_Bar", state: State) -> None:
-    """What the plan retains of samples that decided nothing, and how far its output is off."""
+def _judge(task: Task, plans: list[AttentionPlan], heldout: Samples, bar: "_Bar") -> list[_report.Held]:
+    """What each plan retains of samples that decided nothing, and how far its output is off."""
     bar.begin("held out")
-    sites, buckets = plan.lead[-1], len(task.bucket_edges) - 1
-    heads, dim = plan.heads, state.k[0,].total.shape[-1]
+    helds = [_report.Held() for _ in plans]
+    assert plans[0].k_mean is not None
+    sites, heads, dim = plans[0].lead[-1], plans[0].heads, plans[0].k_mean.shape[-1]
     for sample in _capture.read(heldout, task.grid, task.bucket_edges, name="heldout"):
         if sample.site >= sites or sample.q.shape[2:] != (heads, dim):
             raise ValueError(
-                f"heldout must hold samples of the sites that were calibrated: sites 0 to {sites - 1}, {heads} heads of {dim}; "
-                f"got {sample.name}, {sample.q.shape[2]} heads of {sample.q.shape[3]}."
+                f"heldout must hold samples of the sites that were calibrated: sites 0 to {sites - 1}, {heads} heads "
+                f"of {dim}; got {sample.name}, {sample.q.shape[2]} heads of {sample.q.shape[3]}."
             )
-        local = plan[sample.bucket][sample.site] if buckets > 1 else plan[sample.site]
-        mass = _score.chosen_mass(task, sample, local.order_list())
-        keep = np.asarray(local.mask().keep)
-        retained = np.where(keep, mass, 0).sum((1, 2), dtype=np.float64) / mass.sum((1, 2), dtype=np.float64)
         key = (sample.bucket, sample.site)
-        _checkpoint.add(held.mass, key, retained)
-        if sample.v is not None:
-            error, cosine = _score.output_error(sample, local)
-            _checkpoint.add(held.error, key, error)
-            _checkpoint.add(held.cosine, key, cosine)
+        for plan, held in zip(plans, helds, strict=True):
+            local = plan[sample.bucket][sample.site] if len(plan.lead) == 2 else plan[sample.site]
+            mass = _score.chosen_mass(task, sample, local.order_list())
+            _checkpoint.add(held.mass, key, _choose.kept_mass(mass, np.asarray(local.mask().keep)))
+            if sample.v is not None:
+                error, cosine = _score.output_error(sample, local)
+                _checkpoint.add(held.error, key, error)
+                _checkpoint.add(held.cosine, key, cosine)
         bar.step("heldout")
+    return helds
 
 
 class _Bar:

@@ -1,7 +1,7 @@
-"""Statistics of an attention map that is never held: passes over strips of a few query blocks, in any order of the tokens.
+"""Statistics of an attention map that is never held, in any order: passes over strips of a few query blocks.
 
-P = softmax(QK^T / sqrt(D)) in model order; an order permutes rows and columns of P alike, so the log-sum-exp of a row is
-computed once and shared by all orders. Working memory is strip x tokens, whatever the number of tokens. Everything is
+P = softmax(QK^T / sqrt(D)) in model order; an order permutes rows and columns of P alike, so the log-sum-exp of a row
+is computed once and shared by all orders. Working memory is strip x tokens, never tokens x tokens. Everything is
 float32 with float32 sums, one head after the other in a fixed sequence: the same inputs give the same bits.
 """
 
@@ -46,7 +46,7 @@ def block_mass(
 def attention_map(
     q: jax.Array, k: jax.Array, grid: TokenGrid, order: str | Sequence[str], size: int = 256
 ) -> jax.Array:
-    """A picture of P in an order: float32 [heads, n, n], n <= size, each pixel the mean of P over ceil(N / size)^2 tokens.
+    """A picture of P in an order: float32 [heads, n, n], n <= size; a pixel is the mean over ceil(N / size)^2 tokens.
 
     Arguments and errors as `block_mass`. The last row and column of pixels may cover fewer tokens.
     """
@@ -117,7 +117,7 @@ def token_mean(x: jax.Array) -> jax.Array:
 
 
 def _block_statistics(q, k, lse, slots, block: tuple[int, int], reduce: Callable[[jax.Array], tuple[jax.Array, ...]]):
-    """`reduce` of every block of P: [heads, B, nq, nk] each. It gets [query blocks, bq, nk, bk], zeros past the last token."""
+    """[heads, B, nq, nk] each: `reduce` of every block of P. It gets [query blocks, bq, nk, bk], 0 past the end."""
     bq, bk = block
     tokens = slots.shape[-1]
     nq, nk = -(-tokens // bq), -(-tokens // bk)

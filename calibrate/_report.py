@@ -13,7 +13,7 @@ import numpy as np
 
 from calibrate import _choose
 from calibrate._checkpoint import State, Sums
-from calibrate._score import ParoMetric, Task, share
+from calibrate._score import Task
 from paro_jax import AttentionPlan
 
 _COLUMNS = 12  # kept-block pictures in a row
@@ -33,11 +33,12 @@ class Held:
 class Report:
     """The outcome of `make_plan`.
 
-    `rows`: one dict per (bucket, site, head), all plain numbers and strings: bucket, site, head, order, density (kept / all
-    blocks), retained_mass (part of the attention that the kept blocks hold), threshold (None when each row has its own), error and model_error (what the objective says of the chosen order and of model order; None with one candidate),
-    heldout_mass, heldout_l1 (relative L1 of the output against dense attention), heldout_cosine (None where there was no
-    held-out sample, or none with v).
-    `summary`: settings and figures of the whole. `unmatched`: what was asked for and matched nothing, one sentence each.
+    `rows`: one dict per (bucket, site, head), all plain numbers and strings: bucket, site, head, order, density (kept
+    / all blocks), retained_mass (part of the attention that the kept blocks hold), threshold (None when each row has
+    its own), error and model_error (what the objective says of the chosen order and of model order; None with one
+    candidate), heldout_mass, heldout_l1 (relative L1 of the output against dense attention), heldout_cosine (None
+    where there was no held-out sample, or none with v).
+    `summary`: settings and figures of the whole. `unmatched`: what was asked for and matched nothing.
     """
 
     rows: list[dict[str, Any]]
@@ -76,7 +77,7 @@ class Report:
         return json.dumps(_plain(value), indent=1, allow_nan=False)
 
     def save(self, directory: str | os.PathLike) -> list[Path]:
-        """Write report.json, orders.png, density.png and blocks.png to `directory`, which is made; returns their paths."""
+        """Write report.json, orders.png, density.png and blocks.png to `directory` (made if missing); their paths."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "report.json"
@@ -169,20 +170,25 @@ class Report:
 
 
 def make(
-    task: Task, plan: AttentionPlan, state: State, threshold: np.ndarray, held: Held | None, seconds: float
+    task: Task,
+    density: int,
+    plan: AttentionPlan,
+    state: State,
+    threshold: np.ndarray,
+    held: Held | None,
+    seconds: float,
 ) -> Report:
-    """The report of a finished calibration; `threshold` as `_choose.mask` gives it."""
+    """The report on the plan of one density, by its number; `threshold` as `_choose.mask` gives it."""
     buckets, sites, heads = len(task.bucket_edges) - 1, plan.lead[-1], plan.heads
     nk = task.grid.blocks(task.block)[1]
     names = np.array(plan.order_list(), dtype=object).reshape(buckets, sites, heads)
     per_head = None if task.rule == "row" else np.broadcast_to(threshold, (buckets, sites, heads))
     rows = []
     for bucket, site in np.ndindex(buckets, sites):
-        mass = state.mass[bucket, site].mean
         local = plan[bucket][site] if buckets > 1 else plan[site]
         keep = np.asarray(local.mask().keep)
-        retained = np.where(keep, mass, 0).sum((1, 2), dtype=np.float64) / mass.sum((1, 2), dtype=np.float64)
-        errors = state.errors[site,].mean if state.errors else None
+        retained = _choose.kept_mass(state.mass[density, bucket, site].mean, keep)
+        errors = state.errors[site,].mean[density] if state.errors else None
         for head in range(heads):
             row = {"bucket": bucket, "site": site, "head": head, "order": names[bucket, site, head]}
             row |= {"density": float(keep[head].sum() / (keep.shape[1] * nk)), "retained_mass": float(retained[head])}
@@ -201,7 +207,7 @@ def make(
     summary: dict[str, Any] = {
         # Counted, not plan.density, which is a mean of float32.
         "density": int(np.count_nonzero(plan.mask().keep)) / (buckets * sites * heads * always.size),
-        "density_asked": task.density,
+        "density_asked": task.densities[density],
         "density_floor": _choose.floor_blocks(always) / always.size,
         "retained_mass": float(np.mean([row["retained_mass"] for row in rows])),
         "threshold": float(threshold) if task.rule == "global" else None,
@@ -220,16 +226,16 @@ def make(
         summary["heldout_samples"] = sum(entry.count for entry in held.mass.values())
         for name in ("heldout_mass", "heldout_l1", "heldout_cosine"):
             summary[name] = _mean([row[name] for row in rows])
-    return Report(rows, summary, _unmatched(task, plan, rows, held, buckets, sites), plan)
+    return Report(rows, summary, _unmatched(task, task.densities[density], rows, held, buckets, sites), plan)
 
 
 def _unmatched(
-    task: Task, plan: AttentionPlan, rows: list[dict[str, Any]], held: Held | None, buckets: int, sites: int
+    task: Task, density: float, rows: list[dict[str, Any]], held: Held | None, buckets: int, sites: int
 ) -> list[str]:
     used = {row["order"] for row in rows}
     found = [f"order {name}: no head chose it" for name in task.orders if name not in used]
     floor = _choose.floor_blocks(task.always) / task.always.size
-    bare = [row for row in rows if row["density"] <= floor < task.density]
+    bare = [row for row in rows if row["density"] <= floor < density]
     if bare:
         where = ", ".join(f"({row['bucket']}, {row['site']}, {row['head']})" for row in bare[:8])
         more = f" and {len(bare) - 8} more" if len(bare) > 8 else ""

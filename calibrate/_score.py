@@ -19,14 +19,14 @@ OBJECTIVES = ("mass", "paro", "error")
 class ParoMetric:
     """The paper's metric (its eq. 1-3), literally, as an objective: `make_plan(objective=ParoMetric(...))`.
 
-    On the grid part of the map, cut in blocks: M_sparse is the share of blocks in which at least `sigma` of the elements
-    are under `eps`; M_quant the mean over blocks of max P / mean P. The order with the least
+    On the grid part of the map, cut in blocks: M_sparse is the share of blocks in which at least `sigma` of the
+    elements are under `eps`; M_quant the mean over blocks of max P / mean P. The order with the least
     alpha M_sparse / sum(M_sparse) + (1 - alpha) M_quant / sum(M_quant) wins, sums over the candidate orders.
 
-    `eps` is 17.5 times the mean of P at the 17.5k tokens of the paper's video model but 4 times at 4096 tokens: scale it as
-    c / N. `sign`: +1 is the formula as printed, although a larger M_sparse sounds better; -1 takes 1 - M_sparse in its
-    place. Which of the two finds the better order depends on eps N (a diagonal leaves a block "sparse" that cannot be
-    skipped), hence the default objective, "mass". `alpha` is unpublished.
+    `eps` is 17.5 times the mean of P at the 17.5k tokens of the paper's video model but 4 times at 4096 tokens: scale
+    it as c / N. `sign`: +1 is the formula as printed, although a larger M_sparse sounds better; -1 takes 1 - M_sparse
+    in its place. Which of the two finds the better order depends on eps N (a diagonal leaves a block "sparse" that
+    cannot be skipped), hence the default objective, "mass". `alpha` is unpublished.
 
     Raises ValueError for eps not above 0, sigma or alpha outside [0, 1], or another sign.
     """
@@ -55,7 +55,7 @@ class Task:
 
     grid: TokenGrid
     block: tuple[int, int]
-    density: float
+    densities: tuple[float, ...]
     orders: tuple[str, ...]
     objective: Objective
     quant: QuantSpec
@@ -68,17 +68,18 @@ class Task:
 
 
 def errors(task: Task, sample: Checked) -> np.ndarray:
-    """float64 [orders, heads]: the error of every candidate order on one sample."""
-    lse = _mass.row_lse(sample.q, sample.k)
-    if isinstance(task.objective, ParoMetric):
-        return paro_error(*_paro_terms(task, task.objective, sample, lse), task.objective)
-    error = _lost_mass if task.objective == "mass" else _output_error
-    return np.stack([error(task, sample, lse, name) for name in task.orders])
+    """float64 [densities, orders, heads]: the error of every candidate order on one sample."""
+    lse = _row_lse(sample)
+    if isinstance(task.objective, ParoMetric):  # which knows no density
+        error = paro_error(*_paro_terms(task, task.objective, sample, lse), task.objective)
+        return np.stack([error] * len(task.densities))
+    judge = _lost_mass if task.objective == "mass" else _output_error
+    return np.stack([judge(task, sample, name, lse) for name in task.orders], axis=1)
 
 
 def chosen_mass(task: Task, sample: Checked, names: Sequence[str], lse: jax.Array | None = None) -> np.ndarray:
     """float32 [heads, nq, nk]: block mass of a sample in the order of each head."""
-    lse = _mass.row_lse(sample.q, sample.k) if lse is None else lse
+    lse = _row_lse(sample) if lse is None else lse
     slots = _mass.head_slots(task.grid, names)
     return np.asarray(_mass.block_sums(sample.q, sample.k, lse, slots, block=task.block))
 
@@ -98,20 +99,35 @@ def output_error(sample: Checked, plan: AttentionPlan) -> tuple[np.ndarray, np.n
     return relative, np.where(scale > 0, inner / np.where(scale > 0, scale, 1), same)
 
 
-def _lost_mass(task: Task, sample: Checked, lse: jax.Array, name: str) -> np.ndarray:
+def _row_lse(sample: Checked) -> jax.Array:
+    lse = _mass.row_lse(sample.q, sample.k)
+    if not _mass.finite(lse):
+        raise ValueError(
+            f"samples: q and k of {sample.name} are finite, but q k / sqrt(D) is beyond float32. Check the model's "
+            "weights."
+        )
+    return lse
+
+
+def _lost_mass(task: Task, sample: Checked, name: str, lse: jax.Array) -> np.ndarray:
+    """float64 [densities, heads]"""
     mass = chosen_mass(task, sample, [name] * sample.q.shape[2], lse)
-    return 1 - _choose.retained(mass, task.always, task.density)
+    return 1 - np.stack([_choose.retained(mass, task.always, density) for density in task.densities])
 
 
-def _output_error(task: Task, sample: Checked, lse: jax.Array, name: str) -> np.ndarray:
+def _output_error(task: Task, sample: Checked, name: str, lse: jax.Array) -> np.ndarray:
+    """float64 [densities, heads]"""
     if sample.v is None:
         raise ValueError(
             f'objective "error" needs v in every sample; {sample.name} has none. Record v, or use objective="mass".'
         )
     mass = chosen_mass(task, sample, [name] * sample.q.shape[2], lse)
-    keep, _ = _choose.mask(share(task, mass), task.always, task.density, "head")
-    plan = AttentionPlan.build(task.grid, order=name, mask=BlockMask(jnp.asarray(keep), task.block), quant=task.quant)
-    return output_error(sample, plan)[0]
+    errors = []
+    for density in task.densities:
+        keep, _ = _choose.mask(share(task, mass), task.always, density, "head")
+        mask = BlockMask(jnp.asarray(keep), task.block)
+        errors.append(output_error(sample, AttentionPlan.build(task.grid, order=name, mask=mask, quant=task.quant))[0])
+    return np.stack(errors)
 
 
 @jax.jit
@@ -122,7 +138,7 @@ def _compare(q, k, v, plan: AttentionPlan, dense: AttentionPlan):
 
 
 def _paro_terms(task: Task, metric: ParoMetric, sample: Checked, lse: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """M_sparse and M_quant, float64 [orders, heads], averaged over the batch. Text, last in kernel order, is left out."""
+    """M_sparse and M_quant, float64 [orders, heads], averaged over the batch; text, last in kernel order, left out."""
     sparse, quant = [], []
     for name in task.orders:
         slots = _mass.head_slots(task.grid, [name] * sample.q.shape[2])[:, : task.grid.grid_tokens]
