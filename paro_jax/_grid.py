@@ -114,7 +114,7 @@ class TokenGrid:
         if order not in self.orders:
             raise ValueError(
                 f"order must be one of {', '.join(self.orders)} for a grid of shape {self.shape}; got {order!r}. "
-                'Brick orders exist after TokenGrid(..., bricks=((4, 4, 4),)).'
+                "Brick orders exist after TokenGrid(..., bricks=((4, 4, 4),))."
             )
         return self.orders.index(order)
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -219,8 +220,8 @@ def _check_type(name: str, value: object, kind: type) -> None:
 
 def _check_edges(edges: Sequence[float], lead: tuple[int, ...]) -> tuple[float, ...]:
     numbers = isinstance(edges, (tuple, list)) and all(isinstance(e, (int, float)) for e in edges)
-    increasing = numbers and len(edges) >= 2 and all(a < b for a, b in zip(edges, edges[1:], strict=False))
-    if not increasing or edges[0] != 0 or edges[-1] != 1:
+    increasing = numbers and all(a < b for a, b in pairwise(edges))
+    if not increasing or len(edges) < 2 or (edges[0], edges[-1]) != (0, 1):
         raise ValueError(f"bucket_edges must increase from 0.0 to 1.0 (fractions of the schedule); got {edges!r}.")
     edges = tuple(float(e) for e in edges)
     buckets = len(edges) - 1
