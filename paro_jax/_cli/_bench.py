@@ -1,7 +1,7 @@
 """`paro bench`: every figure the project promises, measured here, next to its target.
 
 A figure is a row: `name`, `measured`, `unit`, `target` (an upper bound), `met`, and what it was measured on. The
-kernels' figures come from `pallas_kernels.bench`; this file adds what spans floors.
+kernels' figures come from `pallas_kernels.bench`; this file adds those that span floors.
 """
 
 import argparse
@@ -91,11 +91,6 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def figure(name: str, measured: float, target: float, unit: str, **on: Any) -> Row:
-    """A row; met when measured <= target."""
-    return {"name": name, "measured": measured, "target": target, "unit": unit, "met": bool(measured <= target), **on}
-
-
 def _invisibility(args: argparse.Namespace) -> list[Row]:
     """Over generated problems: attention with every block kept, in any order, against jax.nn."""
     import jax
@@ -103,6 +98,7 @@ def _invisibility(args: argparse.Namespace) -> list[Row]:
     from tqdm import tqdm
 
     import paro_jax
+    from pallas_kernels.bench import figure
 
     rng = np.random.default_rng(0)
     errors: list[float] = []
@@ -139,6 +135,7 @@ def _invisibility(args: argparse.Namespace) -> list[Row]:
 
 def _import(args: argparse.Namespace) -> list[Row]:
     """Seconds that `import paro_jax` adds to `import jax`, and which heavy packages it drags in."""
+    from pallas_kernels.bench import figure
 
     def seconds(module: str) -> float:
         code = f"import time; t = time.perf_counter(); import jax; j = time.perf_counter(); import {module}; "
@@ -150,10 +147,11 @@ def _import(args: argparse.Namespace) -> list[Row]:
 
     code = f"import sys, paro_jax; print(*[m for m in {_HEAVY!r} if m in sys.modules])"
     heavy = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    found = ", ".join(heavy) or "none"
     return [
         figure("import paro_jax beyond import jax", seconds("paro_jax"), 1.5, "s", runs=5, statistic="median"),
         figure(
-            "heavy packages imported by import paro_jax", len(heavy), 0, "packages", found=heavy, of=", ".join(_HEAVY)
+            "heavy packages imported by import paro_jax", len(heavy), 0, "packages", found=found, of=", ".join(_HEAVY)
         ),
     ]
 
@@ -165,6 +163,7 @@ def _calibration(args: argparse.Namespace) -> list[Row]:
 
     import calibrate
     import paro_jax
+    from pallas_kernels.bench import figure
 
     grid = paro_jax.TokenGrid((13, 30, 45), text=226)
     # A head that is local in the grid: random waves of the token's place, so that orders differ as they do in a model.
@@ -191,8 +190,23 @@ def _calibration(args: argparse.Namespace) -> list[Row]:
     ]
 
 
+def _kernels(name: str) -> Callable[[argparse.Namespace], list[Row]]:
+    """A figure of floor 0."""
+
+    def measure(args: argparse.Namespace) -> list[Row]:
+        from pallas_kernels import bench
+
+        return getattr(bench, name)(_show.note)
+
+    return measure
+
+
+# Memory first: on Linux a new process starts with its parent's peak, and this process is still small then.
 _FIGURES: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
-    "invisibility": _invisibility,
-    "calibration": _calibration,
+    "memory": _kernels("peak_memory"),
     "import": _import,
+    "dense": _kernels("dense_against_jax"),
+    "density": _kernels("work_follows_density"),
+    "calibration": _calibration,
+    "invisibility": _invisibility,
 }

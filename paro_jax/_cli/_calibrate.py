@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     import calibrate
     import paro_jax
 
-    outputs = {density: _output(args, density) for density in args.density}
+    outputs = {density: _one_of(args, args.out, density) for density in args.density}
     for path in outputs.values():  # known now, not after minutes
         if path.parent.exists() and not path.parent.is_dir():
             raise _show.UserError(f"--out: {path.parent} is not a folder")
@@ -90,17 +90,20 @@ def run(args: argparse.Namespace) -> int:
             quant=paro_jax.QuantSpec(qk=args.qk, pv=args.pv),
             bucket_edges=edges,
             progress=True,
-            checkpoint=args.checkpoint,
+            checkpoint=None if args.checkpoint is None else _one_of(args, args.checkpoint, density),
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         settings = {"density": density, "objective": args.objective, **provenance}
         paro_jax.save_plan(plan, path, model=model, provenance=settings)
         if args.report is not None:
-            report.save(args.report if len(outputs) == 1 else args.report / f"{density:g}")
+            report.save(_one_of(args, args.report, density))
         results.append((plan, report, path))
 
     if args.json:
-        rows = [{"path": path, "density": plan.density, "report": report.rows} for plan, report, path in results]
+        rows = [
+            {"path": path, "density": plan.density, "summary": report.summary, "heads": report.rows}
+            for plan, report, path in results
+        ]
         print(_show.dumps({"plans": rows}))
         return 0
     for plan, report, path in results:
@@ -111,11 +114,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _output(args: argparse.Namespace, density: float) -> Path:
-    """The plan's path: --out, or with several densities plan-0.3.safetensors beside it."""
-    if len(args.density) == 1:
-        return args.out
-    return args.out.with_name(f"{args.out.stem}-{density:g}{args.out.suffix}")
+def _one_of(args: argparse.Namespace, path: Path, density: float) -> Path:
+    """`path` for one density; for several, one path each: plan-0.3.safetensors for plan.safetensors."""
+    return path if len(args.density) == 1 else path.with_name(f"{path.stem}-{density:g}{path.suffix}")
 
 
 def _demo(args: argparse.Namespace, edges: list[float]) -> tuple[Any, Any, str, dict]:

@@ -3,12 +3,13 @@
 import argparse
 import importlib.metadata
 import platform
+from dataclasses import replace
 from typing import Any
 
+from paro_jax import __version__
 from paro_jax._cli import _show
 
 _PACKAGES = (
-    "paro_jax",
     "jax",
     "jaxlib",
     "numpy",
@@ -37,10 +38,18 @@ def run(args: argparse.Namespace) -> int:
         print(_show.dumps(report))
         return 0
     _show.fields("", {"python": report["python"], "system": report["system"], **report["packages"]})
-    _show.table("devices", report["devices"])
-    _show.table("workloads: the backend that serves each one here", report["workloads"])
-    reasons = [row for row in report["why_not"] if row["why_not"]]
-    _show.table("why not", reasons)
+    _show.table(f"devices (the backends see {report['backends_see']})", report["devices"])
+    _show.table("who serves the named workloads here", report["workloads"])
+    # One line per backend and reason, however many workloads it holds for.
+    lines: dict[tuple[str, str, str], list[str]] = {}
+    for row in report["why_not"]:
+        if row["why_not"]:
+            lines.setdefault((row["op"], row["backend"], row["why_not"]), []).append(row["workload"])
+    _show.table(
+        "who does not, and why",
+        [{"op": o, "backend": b, "why not": why, "workloads": names} for (o, b, why), names in lines.items()],
+    )
+    print("what each backend can serve, by device (shapes of cogvideox_5b)")
     print(report["support_table"])
     return 0
 
@@ -49,33 +58,28 @@ def examine() -> dict[str, Any]:
     """The report as plain values."""
     import jax
 
-    import pallas_kernels
-    from pallas_kernels import _choose, workloads
+    from pallas_kernels import device_name, support_table, workloads
 
-    device = _choose.device_name()
-    chosen, why_not = [], []
-    for name, request, backends in _requests(workloads):
-        try:
-            served = _choose.choose(request, backends).name
-        except _choose.NoBackend:
-            served = None
-        chosen.append({"workload": name, "op": request.op, "backend": served or "none"})
-        why_not += [
-            {"workload": name, "op": request.op, "backend": backend.name, "why_not": backend.why_not(request)}
-            for backend in backends
-        ]
+    device = device_name()
+    served, why_not = [], []
+    for name, workload in workloads.WORKLOADS.items():
+        for op, role in (("block_attention", ""), ("arrange", "k")):
+            request = replace(workload, op=op, role=role, device=device)
+            served.append({"workload": name, "op": op, "backend": workloads.served_by(request) or "none"})
+            for backend in workloads.backends(request):
+                reason = backend.why_not(request)
+                if reason is None and not backend.default:
+                    reason = "serves only when it is named (implementation=...)"
+                why_not.append({"workload": name, "op": op, "backend": backend.name, "why_not": reason})
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "packages": {name: _version(name) for name in _PACKAGES},
-        "device": device,
-        "devices": [
-            {"id": d.id, "platform": d.platform, "kind": d.device_kind, "named": device, "process": d.process_index}
-            for d in jax.devices()
-        ],
-        "workloads": chosen,
+        "packages": {"paro_jax": __version__, **{name: _version(name) for name in _PACKAGES}},
+        "devices": [{"id": d.id, "platform": d.platform, "kind": d.device_kind} for d in jax.devices()],
+        "backends_see": device,
+        "workloads": served,
         "why_not": why_not,
-        "support_table": pallas_kernels.support_table(),
+        "support_table": support_table(),
     }
 
 
