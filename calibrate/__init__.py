@@ -7,6 +7,7 @@ method's authors.
 
 from calibrate._capture import Sample as Sample
 from calibrate._capture import capture as capture
+from calibrate._import_official import import_official as import_official
 from calibrate._make_plan import make_plan as make_plan
 from calibrate._make_plan import make_plans as make_plans
 from calibrate._mass import attention_map as attention_map

@@ -12,6 +12,7 @@ import numpy as np
 import calibrate
 from paro_jax import TokenGrid
 
+COGVIDEOX = TokenGrid((13, 30, 45), text=226)
 TARGET_SECONDS, TARGET_GIGABYTES = 60.0, 1.5
 
 
@@ -35,7 +36,7 @@ def run() -> list[dict[str, Any]]:
     ]
 
 
-def one_head(grid: TokenGrid = TokenGrid((13, 30, 45), text=226), dim: int = 64) -> dict[str, Any]:
+def one_head(grid: TokenGrid = COGVIDEOX, dim: int = 64) -> dict[str, Any]:
     """Calibrate one head that is local in the grid, here and now: seconds, and what came out."""
     rng = np.random.default_rng(0)
     q, k = local_head(grid, (0.05, 0.5, 0.5), dim, rng)
@@ -60,8 +61,8 @@ def local_head(
     text = rng.normal(size=(grid.text, dim))
     parts = [text, strength * waves / dim**0.5]
     tokens = np.concatenate(parts if grid.text_position == "first" else parts[::-1])
-    q, k = (tokens + 0.1 * rng.normal(size=tokens.shape) for _ in "qk")
-    return np.float32(q)[None, :, None], np.float32(k)[None, :, None]
+    q, k = ((tokens + 0.1 * rng.normal(size=tokens.shape)).astype(np.float32) for _ in "qk")
+    return q[None, :, None], k[None, :, None]
 
 
 if __name__ == "__main__":
