@@ -83,7 +83,7 @@ def concrete(array: Any) -> np.ndarray | None:
 
 
 def require_slots(slots: Any, heads: int, tokens: int) -> None:
-    """Raise ValueError unless `slots` is int32 [heads, tokens] and, where its values are known, a permutation per head."""
+    """Raise ValueError unless `slots` is int32 [heads, tokens] and, where values are known, a permutation per head."""
     require_shape("slots", slots, (heads, tokens), "[heads, tokens]")
     require_int32("slots", slots)
     values = concrete(slots)

@@ -1,7 +1,7 @@
 """Who can serve a request, and if nobody can, why not.
 
-A backend is a name, a `why_not` and a `run`. `choose` takes the first whose `why_not` is None. The same function answers
-the call, filters the tests, prints the support table and feeds `paro doctor`, so a choice is never silent.
+A backend is a name, a `why_not` and a `run`. `choose` takes the first whose `why_not` is None. The same function
+answers the call, filters the tests, prints the support table and feeds `paro doctor`, so a choice is never silent.
 """
 
 from collections.abc import Callable, Sequence

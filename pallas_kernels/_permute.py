@@ -1,7 +1,7 @@
 """One head's tokens between model order and kernel order, with gradients that gather instead of scatter.
 
-The transpose of a gather is a scatter-add, which XLA runs one row at a time on a CPU. For a permutation it is the gather
-by the inverse, so both directions say so.
+The transpose of a gather is a scatter-add, which XLA runs one row at a time on a CPU. For a permutation it is the
+gather by the inverse, so both directions say so.
 """
 
 import jax

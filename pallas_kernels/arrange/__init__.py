@@ -15,7 +15,7 @@ from pallas_kernels.arrange import reference, xla
 @partial(jax.tree_util.register_dataclass, data_fields=["scale", "bias"], meta_fields=["kind", "eps"])
 @dataclass(frozen=True)
 class Norm:
-    """A per-head norm over the head dimension, in f32: "rms" (x / sqrt(mean x^2 + eps)) or "layer" (mean removed first)."""
+    """A norm over the head dimension, in f32: "rms" (x / sqrt(mean x^2 + eps)), "layer" (less its mean first)."""
 
     kind: Literal["rms", "layer"]
     scale: jax.Array | None = None  # [D] or [H, D]
@@ -26,7 +26,7 @@ class Norm:
 @partial(jax.tree_util.register_dataclass, data_fields=["cos", "sin"], meta_fields=[])
 @dataclass(frozen=True)
 class Rope:
-    """A rotation of the interleaved pairs (x[2i], x[2i + 1]) by model token. Rows that must not rotate: cos 1, sin 0."""
+    """A rotation of the interleaved pairs (x[2i], x[2i + 1]) by model token. Rows that stay: cos 1, sin 0."""
 
     cos: jax.Array  # f32 [N, D / 2]
     sin: jax.Array  # f32 [N, D / 2]
@@ -53,13 +53,13 @@ def arrange(
     mean: jax.Array | Literal["compute"] | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """Bring one of q, k, v into kernel order at its stored width: norm, then RoPE, then the K mean, then reorder and round.
+    """One of q, k, v in kernel order at its stored width: norm, then RoPE, then the K mean, then reorder and round.
 
     x [B, N, H, D] in model order; slots int32 [H, N]: kernel slot -> model token, None: the two orders are one.
-    width, group: q and k take one scale per token ("row") or per block of `block` tokens; v one per channel, or per block
-    and channel. Both are static, and `group` has no effect at width "bf16".
-    mean: K smoothing (SageAttention, arXiv 2410.02367, section 4.2), role "k" only: None, "compute" (over the N tokens), or
-    an array f32 [H, D] or [B, H, D].
+    width, group: q and k take one scale per token ("row") or per block of `block` tokens; v one per channel, or per
+    block and channel. `group` has no effect at width "bf16".
+    mean: K smoothing (SageAttention, arXiv 2410.02367, section 4.2), role "k" only: None, "compute" (over the N tokens)
+    or an array f32 [H, D] or [B, H, D].
 
     Returns (values [B, H, N, D], scales, mean f32 [B, H, D] that was subtracted or None). scales: None at width "bf16",
     else f32 [B, H, N] ("row"), [B, H, n] (q, k "block"), [B, H, 1, D] ("channel") or [B, H, n, D] (v "block"), with

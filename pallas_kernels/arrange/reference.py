@@ -1,7 +1,7 @@
 """arrange, the oracle: one plain step after another, in f32, one head at a time.
 
-Method: PAROAttention (arXiv 2506.16054), section 3.1 (reorder), and SageAttention (arXiv 2410.02367), section 4.2 (smooth
-K, then round). Runs on anything; unusual only in that it is never chosen by default.
+Method: PAROAttention (arXiv 2506.16054), section 3.1 (reorder), and SageAttention (arXiv 2410.02367), section 4.2
+(smooth K, then round). Runs on anything; unusual only in that it is never chosen by default.
 """
 
 from functools import partial

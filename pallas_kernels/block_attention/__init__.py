@@ -40,12 +40,12 @@ def block_attention(
 
     q [B, H, Nq, D]; k, v [B, H, Nk, D]: kernel order, at their stored width: float32, bfloat16 or float16 for "bf16",
     int8 for "int8" and "int4", float8_e4m3fn for "fp8".
-    count int32 [H, nq]; index int32 [H, nq, nk]: the kept key blocks of each query block, packed left, ascending; entries
-    past count are ignored. nq = ceil(Nq / bq), nk = ceil(Nk / bk). Traced values out of range are clamped.
+    count int32 [H, nq]; index int32 [H, nq, nk]: the kept key blocks of each query block, packed left, ascending;
+    entries past count are ignored. nq = ceil(Nq / bq), nk = ceil(Nk / bk). Traced values out of range are clamped.
     slots int32 [H, Nq]: kernel slot -> model token of the queries; None: kernel order is model order.
-    q_scale f32 [B, H, Nq] or [B, H, nq]; k_scale f32 [B, H, Nk] or [B, H, nk]; v_scale f32 [B, H, 1, D] or [B, H, nk, D]:
-    what a stored value is multiplied by, per token or per block (v: per channel, or per block and channel).
-    p_scale: P is rounded relative to its row's maximum inside the key block ("block") or to the running one ("running").
+    q_scale f32 [B, H, Nq] or [B, H, nq]; k_scale f32 [B, H, Nk] or [B, H, nk]; v_scale f32 [B, H, 1, D] or
+    [B, H, nk, D]: what a stored value is multiplied by, per token or block (v: per channel, or block and channel).
+    p_scale: P is rounded relative to its row's maximum in the key block ("block") or to the running one ("running").
     out_dtype: default v's dtype, else q's, where that is a float, else float32.
 
     Returns o [B, Nq, H, D] in model order; with return_residual also lse f32 [B, Nq, H], the natural log-sum-exp of the

@@ -105,7 +105,7 @@ def run(q, k, v, count, index, slots, q_scale, k_scale, v_scale, *, block, scale
 
 
 def to_model_order(x: jax.Array, slots: jax.Array | None) -> jax.Array:
-    """[B, H, N, D] in kernel order -> [B, N, H, D] in model order, by definition: out[b, slots[h, n], h] = x[b, h, n]."""
+    """[B, H, N, D] in kernel order -> [B, N, H, D] in model order: out[b, slots[h, n], h] = x[b, h, n]."""
     out = jnp.swapaxes(x, 1, 2)
     if slots is None:
         return out

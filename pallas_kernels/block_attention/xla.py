@@ -1,9 +1,10 @@
 """Block-sparse attention for any device XLA knows: memory O(N D), work proportional to the kept blocks in total.
 
 Method: PAROAttention (arXiv 2506.16054) with FlashAttention's streaming (arXiv 2307.08691) and SageAttention's numerics
-(arXiv 2410.02367). Unusual: XLA has no per-program early stop, so a row with few kept blocks would wait for the fullest.
-Query block rows of all heads are therefore sorted by their number of kept blocks and walked in teams of near-equal rows;
-each team loops over its own number of steps, a few kept blocks a step. Masks are data: changing them compiles nothing.
+(arXiv 2410.02367). Unusual: XLA has no per-program early stop, so a row with few kept blocks would wait for the
+fullest. Query block rows of all heads are therefore sorted by their number of kept blocks and walked in teams of
+near-equal rows; each team loops over its own number of steps, a few kept blocks a step. Masks are data: changing them
+compiles nothing.
 """
 
 import math
@@ -40,9 +41,12 @@ def why_not(request: Request) -> str | None:
     return widths_served(request, ALL_WIDTHS) or inexact(request)
 
 
-def tiles(bq: int, bk: int) -> Tiles:
-    """Measured on a 2-core CPU; see NOTES.md."""
-    return Tiles(team=max(1, 512 // bq), step=max(1, 256 // bk))
+def tiles(rows: int, blocks: int, bq: int, bk: int) -> Tiles:
+    """For `rows` rows of bq tokens over `blocks` blocks of bk tokens. Measured on a 2-core CPU, see NOTES.md.
+
+    A dozen teams at least, so that rows with little work do not wait in the team of the fullest.
+    """
+    return Tiles(team=max(1, min(2048 // bq, rows // 12)), step=max(1, min(256 // bk, blocks)))
 
 
 class Spec(NamedTuple):
@@ -83,7 +87,7 @@ class _Teams(NamedTuple):
 def _teams(count: jax.Array, index: jax.Array, batch: int, sizes: Tiles) -> _Teams:
     heads, rows, blocks = index.shape
     total = batch * heads * rows
-    team = min(sizes.team, total)
+    team = sizes.team
     padding = -total % team
     count = jnp.clip(count, 0, blocks).reshape(-1)
     index = jnp.clip(index, 0, blocks - 1).reshape(-1, blocks)
@@ -142,9 +146,12 @@ def _matmul(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _compute_dtype(spec: Spec, width: str, dtype: Any) -> Any:
-    """What a product multiplies: the input's own float dtype, or f32 for emulated integers, where it is exact."""
-    return dtype if width == "bf16" else jnp.float32
+def _compute_dtype(width: str, dtype: Any) -> Any:
+    """What a product multiplies: the input's own float dtype, or f32 for emulated integers, where it is exact.
+
+    On a CPU always f32: about twice as fast as bfloat16 there (NOTES.md), and the products are the same.
+    """
+    return dtype if width == "bf16" and jax.default_backend() != "cpu" else jnp.float32
 
 
 # ---- forward --------------------------------------------------------------------------------------------------------
@@ -154,7 +161,7 @@ def _forward(spec: Spec, q, k, v, count, index, slots, q_scale=None, k_scale=Non
     (batch, heads, q_tokens, head_dim), kv_tokens = q.shape, k.shape[2]
     bq, bk = spec.block
     nk = index.shape[2]
-    sizes = tiles(bq, bk)
+    sizes = tiles(batch * heads * index.shape[1], nk, bq, bk)
     teams = _teams(count, index, batch, sizes)
     step, team = sizes.step, teams.row.shape[1]
     to_log2 = spec.scale * math.log2(math.e)
@@ -168,8 +175,8 @@ def _forward(spec: Spec, q, k, v, count, index, slots, q_scale=None, k_scale=Non
         row_factor = _blocks(token_scales(q_scale, q_tokens, bq) * f32(to_log2), bq)
         key_factor = _blocks(token_scales(k_scale, kv_tokens, bk), bk)
     v_factor = None if v_scale is None or v_scale.shape[2] == 1 else v_scale.reshape(-1, 1, head_dim)
-    qk_dtype = _compute_dtype(spec, spec.qk, q.dtype)
-    pv_dtype = _compute_dtype(spec, spec.pv, v.dtype)
+    qk_dtype = _compute_dtype(spec.qk, q.dtype)
+    pv_dtype = _compute_dtype(spec.pv, v.dtype)
 
     def one_team(_, team_rows):
         rows, head, counts, kept = team_rows
@@ -196,8 +203,9 @@ def _forward(spec: Spec, q, k, v, count, index, slots, q_scale=None, k_scale=Non
             if not quantise:
                 new_top = jnp.maximum(top, s.max(axis=2))
                 p = jnp.exp2(s - new_top[:, :, None])
-                p = p if v.dtype == f32 else p.astype(v.dtype)
-                row_step = p.sum(axis=2, dtype=f32)
+                if v.dtype != f32:  # P at the width it is multiplied at, and the row sum from that P
+                    p = quantise_p(p, "bf16", v.dtype)
+                row_step = p.sum(axis=2)
             else:
                 s = s.reshape(team, bq, step, bk)
                 block_top = jnp.maximum(s.max(axis=3), _LOWEST)
@@ -210,7 +218,9 @@ def _forward(spec: Spec, q, k, v, count, index, slots, q_scale=None, k_scale=Non
                 if v_factor is not None:
                     v_step = v_step * v_factor[where]
             fade = jnp.exp2(top - new_top)
-            acc = acc * fade[:, :, None] + _matmul(p, v_step.reshape(team, step * bk, head_dim), (2, 1))
+            acc = acc * fade[:, :, None] + _matmul(
+                p.astype(pv_dtype), v_step.reshape(team, step * bk, head_dim), (2, 1)
+            )
             return new_top, row_sum * fade + row_step, acc
 
         start = (jnp.full((team, bq), _LOWEST, f32), jnp.zeros((team, bq), f32), jnp.zeros((team, bq, head_dim), f32))
@@ -256,7 +266,7 @@ def _attend_fwd(spec, q, k, v, count, index, slots):
 
 
 def _attend_bwd(spec, saved, cotangents):
-    """FlashAttention's backward: P again from the saved log-sum-exp, dq by rows, dk and dv by the transposed schedule."""
+    """FlashAttention's backward: P again from the saved log-sum-exp; dq by rows, dk and dv by columns."""
     q, k, v, count, index, slots, o, lse = saved
     f32 = jnp.float32
     do, dlse = cotangents
@@ -272,8 +282,9 @@ def _attend_bwd(spec, saved, cotangents):
     keys = [_blocks(x, bk) for x in (k, v)]
 
     # dq: a team of query blocks, each over its kept key blocks.
-    teams, sizes = _teams(count, index, q.shape[0], tiles(bq, bk)), tiles(bq, bk)
-    nk = index.shape[2]
+    (batch, heads), (nq, nk) = q.shape[:2], index.shape[1:]
+    sizes = tiles(batch * heads * nq, nk, bq, bk)
+    teams = _teams(count, index, batch, sizes)
 
     def one_query_team(_, team_rows):
         rows, head, counts, kept = team_rows
@@ -293,8 +304,8 @@ def _attend_bwd(spec, saved, cotangents):
     dq = _unteam(dq, teams, q.shape)
 
     # dk, dv: a team of key blocks, each over the query blocks that keep it.
-    teams, sizes = _teams(*_transposed(count, index), q.shape[0], tiles(bk, bq)), tiles(bk, bq)
-    nq = index.shape[1]
+    sizes = tiles(batch * heads * nk, nq, bk, bq)
+    teams = _teams(*_transposed(count, index), batch, sizes)
 
     def one_key_team(_, team_rows):
         rows, head, counts, kept = team_rows
