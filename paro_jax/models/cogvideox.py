@@ -159,7 +159,7 @@ class CogVideoX(nnx.Module):
         self.text = nnx.Linear(config.text_embed_dim, dim, rngs=rngs)
         self.time_in = nnx.Linear(dim, time, rngs=rngs)
         self.time_out = nnx.Linear(time, time, rngs=rngs)
-        self.blocks = nnx.vmap(lambda r: Block(config, rngs=r))(rngs.fork(split=config.num_layers))
+        self.blocks = nnx.vmap(lambda r: Block(config, rngs=r))(rngs.split(config.num_layers))
         self.norm_final = nnx.LayerNorm(dim, epsilon=1e-5, rngs=rngs)
         self.modulation_out = nnx.Linear(time, 2 * dim, rngs=rngs)
         self.norm_out = nnx.LayerNorm(dim, epsilon=1e-5, rngs=rngs)
