@@ -14,6 +14,10 @@ from paro_jax._attention import project_in as project_in
 from paro_jax._grid import TokenGrid as TokenGrid
 from paro_jax._mask import BlockMask as BlockMask
 from paro_jax._plan import AttentionPlan as AttentionPlan
+from paro_jax._plan_file import PlanError as PlanError
+from paro_jax._plan_file import load_plan as load_plan
+from paro_jax._plan_file import plan_info as plan_info
+from paro_jax._plan_file import save_plan as save_plan
 from paro_jax._quant import QuantSpec as QuantSpec
 from paro_jax._quant import Width as Width
 

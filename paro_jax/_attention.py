@@ -174,8 +174,9 @@ def attend(
 ) -> Any:
     """Attention over the plan's kept blocks: kernel order in, model order [B, N, heads, D] out, at the model's dtype.
 
-    `return_residual`: as in `attention`, with q as it is stored. Raises ValueError when q, k and v were not arranged for
-    this plan and for each other (role, grid, block, width, layout, shape), NoBackend when no backend serves the request.
+    `return_residual`: as in `attention`, with q as it is stored. Raises ValueError when q, k and v were not arranged
+    for this plan and for each other (role, grid, block, width, layout, shape), NoBackend when no backend serves the
+    request.
     """
     scale = _check_scale(scale)
     plan = _check_plan(plan)
@@ -192,8 +193,8 @@ def _unplanned(query, key, value, bias, mask, scale, implementation, return_resi
         return dense(query, key, value, return_residual=True)
     if implementation == "cudnn":
         raise ValueError(
-            f"return_residual: cuDNN rounds the log-sum-exp to {dtype}, and we promise float32; expected implementation "
-            'None or "xla", float32 inputs, or a plan; got implementation="cudnn".'
+            f"return_residual must be False with cuDNN, which rounds the log-sum-exp to {dtype} where we promise "
+            'float32; got True. Use implementation=None or "xla", float32 inputs, or a plan.'
         )
     # jax.nn casts the log-sum-exp to the output's dtype; only a float32 call still has it whole.
     _, residual = dense(*(jnp.asarray(x, jnp.float32) for x in (query, key, value)), return_residual=True)

@@ -28,7 +28,8 @@ class BlockMask:
     @property
     def density(self) -> float | jax.Array:
         """Kept blocks / all blocks. A float; a float32 scalar under a trace."""
-        return _density(jnp.mean(jnp.asarray(self.keep), axis=-1, dtype=jnp.float32))
+        keep = jnp.asarray(self.keep)
+        return _density(jnp.sum(keep, axis=-1, dtype=jnp.int32), keep.shape[-1])
 
     def schedule(self) -> tuple[jax.Array, jax.Array]:
         """The kernel's form: count int32 [*lead, heads, nq] and index int32 [*lead, heads, nq, nk].
@@ -95,11 +96,11 @@ class BlockMask:
         return "\n".join(lines)
 
 
-def _density(rows: jax.Array) -> float | jax.Array:
-    """Mean of per-row densities; the sum of 10^10 blocks does not fit a float32 count, means of rows do."""
-    if isinstance(rows, Tracer):
-        return jnp.mean(rows)
-    return float(np.mean(np.asarray(rows), dtype=np.float64))
+def _density(kept: jax.Array, nk: int) -> float | jax.Array:
+    """Density from the kept blocks of each row. Exact outside a trace: 10^10 blocks do not fit an int32 sum."""
+    if isinstance(kept, Tracer):
+        return jnp.mean(kept.astype(jnp.float32)) / nk
+    return float(np.asarray(kept).sum(dtype=np.int64) / (kept.size * nk))
 
 
 def _other_keep(mask: BlockMask, other: object) -> jax.Array:

@@ -131,7 +131,7 @@ class AttentionPlan:
     def density(self) -> float | jax.Array:
         """Kept blocks / all blocks, text included. A float; a float32 scalar under a trace."""
         nk = self.grid.blocks(self.block)[1]
-        return _density(jnp.sum(jax.lax.population_count(self.keep_bits), -1, dtype=jnp.int32) / nk)
+        return _density(jnp.sum(jax.lax.population_count(self.keep_bits), -1, dtype=jnp.int32), nk)
 
     @property
     def nbytes(self) -> int:
