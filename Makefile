@@ -2,6 +2,7 @@
 # make test        the tests
 # make test-oldest the tests with the oldest jax we support
 # make lint        ruff and pyright
+# make notebooks   run notebooks/*.py and write the .ipynb beside each
 # make train       train the demo's model again (long on a CPU)
 # make clean       remove out/ and caches;  make clean-all  also removes the environments
 #
@@ -23,7 +24,7 @@ CORE := $(VENV)/.core-$(KEY)
 DEV := $(VENV)/.dev-$(KEY)
 DEV_OLDEST := .venv-oldest/.dev-$(KEY)
 
-.PHONY: help demo test test-oldest lint train clean clean-all
+.PHONY: help demo test test-oldest lint notebooks train clean clean-all
 .DELETE_ON_ERROR:
 
 help:
@@ -42,6 +43,9 @@ lint: $(DEV)
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m pyright
+
+notebooks: $(DEV)
+	@$(PY) tools/write_notebooks.py
 
 train: $(CORE)
 	@$(PY) -m paro_jax.demo.train $(ARGS)

@@ -1,7 +1,7 @@
 """`paro bench`: every figure the project promises, measured here, next to its target.
 
 A figure is a row: `name`, `measured`, `unit`, `target` (an upper bound), `met`, and what it was measured on. The
-kernels' figures come from `pallas_kernels.bench`; this file adds those that span floors.
+kernels' figures come from `pallas_kernels.bench`, calibration's from `calibrate.bench`; this file adds the others.
 """
 
 import argparse
@@ -157,37 +157,10 @@ def _import(args: argparse.Namespace) -> list[Row]:
 
 
 def _calibration(args: argparse.Namespace) -> list[Row]:
-    """One head of CogVideoX: all six orders scored, and the final mask."""
-    import jax
-    import numpy as np
+    """One head of CogVideoX, in a process of its own: all six orders scored, and the final mask."""
+    import calibrate.bench
 
-    import calibrate
-    import paro_jax
-    from pallas_kernels.bench import figure
-
-    grid = paro_jax.TokenGrid((13, 30, 45), text=226)
-    # A head that is local in the grid: random waves of the token's place, so that orders differ as they do in a model.
-    rng = np.random.default_rng(0)
-    place = np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), -1).reshape(-1, 3) * [0.05, 0.5, 0.5]
-    waves = 6 * np.cos(place @ rng.normal(size=(3, 64)) + rng.uniform(0, 2 * np.pi, 64)) / 64**0.5
-    tokens = np.concatenate([rng.normal(size=(grid.text, 64)), waves])
-    q, k = (np.float32(tokens + 0.1 * rng.normal(size=tokens.shape))[None, :, None] for _ in range(2))
-    start = time.perf_counter()
-    plan, _ = calibrate.make_plan([calibrate.Sample(site=0, step=0.0, q=q, k=k)], grid, density=0.3, progress=True)
-    jax.block_until_ready(plan)
-    return [
-        figure(
-            "calibration of one CogVideoX head, compilation included",
-            time.perf_counter() - start,
-            60.0,
-            "s",
-            tokens=grid.tokens,
-            head_dim=64,
-            orders=len(grid.orders),
-            chosen=str(plan.order_list()),
-            density=plan.density,
-        )
-    ]
+    return calibrate.bench.run()
 
 
 def _kernels(name: str) -> Callable[[argparse.Namespace], list[Row]]:
@@ -201,12 +174,12 @@ def _kernels(name: str) -> Callable[[argparse.Namespace], list[Row]]:
     return measure
 
 
-# Memory first: on Linux a new process starts with its parent's peak, and this process is still small then.
+# What measures memory comes first: on Linux a new process starts with its parent's peak, and this one is small then.
 _FIGURES: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "memory": _kernels("peak_memory"),
+    "calibration": _calibration,
     "import": _import,
     "dense": _kernels("dense_against_jax"),
     "density": _kernels("work_follows_density"),
-    "calibration": _calibration,
     "invisibility": _invisibility,
 }

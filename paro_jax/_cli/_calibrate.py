@@ -78,20 +78,20 @@ def run(args: argparse.Namespace) -> int:
     edges = [i / args.buckets for i in range(args.buckets + 1)]
     samples, grid, model, provenance = (_demo if args.model else _captured)(args, edges)
 
+    made = calibrate.make_plans(
+        samples,
+        grid,
+        densities=list(outputs),
+        block=tuple(args.block),
+        objective=args.objective,
+        orders=args.orders,
+        quant=paro_jax.QuantSpec(qk=args.qk, pv=args.pv),
+        bucket_edges=edges,
+        progress=True,
+        checkpoint=args.checkpoint,
+    )
     results = []
-    for density, path in outputs.items():
-        plan, report = calibrate.make_plan(
-            samples,
-            grid,
-            density=density,
-            block=tuple(args.block),
-            objective=args.objective,
-            orders=args.orders,
-            quant=paro_jax.QuantSpec(qk=args.qk, pv=args.pv),
-            bucket_edges=edges,
-            progress=True,
-            checkpoint=None if args.checkpoint is None else _one_of(args, args.checkpoint, density),
-        )
+    for (density, path), (plan, report) in zip(outputs.items(), made, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         settings = {"density": density, "objective": args.objective, **provenance}
         paro_jax.save_plan(plan, path, model=model, provenance=settings)
