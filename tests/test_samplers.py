@@ -1,8 +1,11 @@
 """Schedule and sampler against their definitions."""
 
+import pathlib
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from paro_jax.models.samplers import VSchedule, ddim
 
@@ -52,3 +55,16 @@ def test_steps_are_counted_for_the_plan():
 def test_bad_step_counts(steps):
     with pytest.raises(ValueError, match=rf"steps: expected 1..1000, found {steps}"):
         ddim(lambda x, t, i: x, jnp.zeros((1, 1)), steps=steps)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [7, 30, 50])
+def test_a_whole_run_equals_diffusers(steps, shift):
+    """CogVideoXDDIMScheduler of diffusers 0.42.1 around the same model, by tests/golden/make_models.py."""
+    golden = load_file(pathlib.Path(__file__).parent / "golden" / "ddim.safetensors")
+
+    def v(x, t, step):
+        return jnp.tanh(0.7 * x + t[0] / 1000) - 0.3 * jnp.roll(x, 1, -1)
+
+    got = ddim(v, jnp.asarray(golden["noise"]), steps=steps, schedule=VSchedule(snr_shift=shift))
+    np.testing.assert_allclose(got, golden[f"shift{shift:g}.steps{steps}"], atol=1e-5, rtol=0)

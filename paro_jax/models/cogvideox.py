@@ -7,7 +7,8 @@ Names, arithmetic and layouts are those of diffusers' `CogVideoXTransformer3DMod
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import math
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,20 @@ from flax import nnx
 from jax import Array
 
 import paro_jax
-from paro_jax import AttentionPlan, Norm, Rope, TokenGrid
+from paro_jax import AttentionPlan, Rope, TokenGrid
+from paro_jax.models.layers import axis_rope, check_video, head_norm, head_weights, patchify, rotate, timestep_embedding
+from paro_jax.models.weights import Rows
+
+POSITIONS = ("rope", "rope_slice", "sincos")
 
 
 @dataclasses.dataclass(frozen=True)
 class CogVideoXConfig:
-    """Hyperparameters. `frames`, `height`, `width` are the latent video's, before patching by `patch_size` in space."""
+    """Hyperparameters. `frames`, `height`, `width`: the latent video that the model is trained at, before patching.
+
+    `position`: "rope" rotates by 0, 1, 2, ... at the trained height and width, and elsewhere by a stretched crop of
+    them; "rope_slice" by 0, 1, 2, ... at every size; "sincos" adds sinusoids to the video tokens and rotates nothing.
+    """
 
     num_layers: int = 42
     num_heads: int = 48
@@ -37,40 +46,111 @@ class CogVideoXConfig:
     patch_size: int = 2
     mlp_ratio: int = 4
     rope_theta: float = 10000.0
+    patch_frames: int = 1
+    position: str = "rope"
+    sincos_scale: float = 1.875  # rows and columns are that much closer together, "sincos" only
+
+    def __post_init__(self):
+        if self.position not in POSITIONS:
+            raise ValueError(f"position: expected one of {', '.join(POSITIONS)}, found {self.position!r}.")
 
     @property
     def dim(self) -> int:
         return self.num_heads * self.head_dim
 
     @property
+    def patch(self) -> tuple[int, int, int]:
+        return self.patch_frames, self.patch_size, self.patch_size
+
+    @property
+    def padded_frames(self) -> int:
+        """Latent frames to denoise, whole patches; the original then drops the first `padded_frames - frames`."""
+        return -(-self.frames // self.patch_frames) * self.patch_frames
+
+    @property
     def grid(self) -> TokenGrid:
-        p = self.patch_size
-        return TokenGrid((self.frames, self.height // p, self.width // p), text=self.text_length, text_position="first")
+        sizes = (self.padded_frames, self.height, self.width)
+        shape = tuple(n // p for n, p in zip(sizes, self.patch, strict=True))
+        return TokenGrid(shape, text=self.text_length, text_position="first")
 
 
-def timestep_embedding(timestep: Array, dim: int) -> Array:
-    """Sinusoids of diffusion time `[B]` -> `[B, dim]`, cosines first, frequencies 10000^(-i / (dim/2)) (DDPM)."""
-    frequencies = np.exp(-np.log(10000.0) * np.arange(dim // 2, dtype=np.float32) / (dim // 2))
-    angles = timestep.astype(jnp.float32)[:, None] * frequencies[None, :]
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+# Published models, at the resolution they were trained for: 49 frames at 480 x 720, and 81 at 768 x 1360.
+COGVIDEOX_2B = CogVideoXConfig(num_layers=30, num_heads=30, position="sincos")
+COGVIDEOX_5B = CogVideoXConfig()
+COGVIDEOX_1_5_5B = CogVideoXConfig(frames=21, height=96, width=170, patch_frames=2, position="rope_slice")
 
 
-def rope_3d(grid: tuple[int, int, int], head_dim: int, text: int, theta: float = 10000.0) -> Rope:
+def diffusers_names(config: CogVideoXConfig) -> dict[str, str | Rows]:
+    """Our modules -> those of diffusers' `CogVideoXTransformer3DModel`, for `weights.from_diffusers`."""
+    block = {
+        "norm1.linear": "norm1.linear",
+        "norm1.norm": "norm1.norm",
+        "to_q": "attn1.to_q",
+        "to_k": "attn1.to_k",
+        "to_v": "attn1.to_v",
+        "to_out": "attn1.to_out.0",
+        "norm_q": "attn1.norm_q",
+        "norm_k": "attn1.norm_k",
+        "norm2.linear": "norm2.linear",
+        "norm2.norm": "norm2.norm",
+        "mlp_in": "ff.net.0.proj",
+        "mlp_out": "ff.net.2",
+    }
+    return {
+        "patch": "patch_embed.proj",
+        "text": "patch_embed.text_proj",
+        "time_in": "time_embedding.linear_1",
+        "time_out": "time_embedding.linear_2",
+        **{f"blocks.{ours}": f"transformer_blocks.{{}}.{theirs}" for ours, theirs in block.items()},
+        "norm_final": "norm_final",
+        "modulation_out": "norm_out.linear",
+        "norm_out": "norm_out.norm",
+        "proj_out": "proj_out",
+    }
+
+
+def rope_3d(
+    grid: tuple[int, int, int],
+    head_dim: int,
+    text: int,
+    theta: float = 10000.0,
+    native: tuple[int, int] | None = None,
+) -> Rope:
     """Rotation tables `[text + F*H*W, head_dim / 2]` for interleaved pairs: D/4 time, 3D/8 height, 3D/8 width.
 
-    Text tokens come first and do not rotate (cos 1, sin 0). float32 throughout, as the original.
+    Text tokens come first and do not rotate. `native`: the (height, width) in tokens that the model was trained at; a
+    grid of another size is stretched to fill it along one axis and centred along the other. None counts 0, 1, 2, ...
+    float32 throughout, as the original.
     """
-    angles = []
-    for axis, size in enumerate(grid):
-        dim = head_dim // 4 if axis == 0 else head_dim // 8 * 3
-        frequencies = 1.0 / (np.float32(theta) ** (np.arange(0, dim, 2, dtype=np.float32) / dim))
-        table = np.arange(size, dtype=np.float32)[:, None] * frequencies[None, :]
-        where = [1, 1, 1, dim // 2]
-        where[axis] = size
-        angles.append(np.broadcast_to(table.reshape(where), (*grid, dim // 2)))
-    video = np.concatenate(angles, axis=-1).reshape(-1, head_dim // 2)
-    table = np.concatenate([np.zeros((text, head_dim // 2), np.float32), video])
-    return Rope(jnp.asarray(np.cos(table)), jnp.asarray(np.sin(table)))
+    positions = [np.arange(n, dtype=np.float32) for n in grid]
+    if native is not None:
+        (height, width), (most_high, most_wide) = grid[1:], native
+        if height / width > most_high / most_wide:
+            size = most_high, round(most_high / height * width)
+        else:
+            size = round(most_wide / width * height), most_wide
+        for axis, (n, whole, used) in enumerate(zip(grid[1:], native, size, strict=True), start=1):
+            start = round((whole - used) / 2.0)
+            positions[axis] = np.linspace(start, (start + used) * (n - 1) / n, n).astype(np.float32)
+    dims = (head_dim // 4, head_dim // 8 * 3, head_dim // 8 * 3)
+    return axis_rope(positions, dims, text=text, theta=theta, dtype=np.float32)
+
+
+def sincos_3d(grid: tuple[int, int, int], dim: int, scale: float) -> Array:
+    """Additive positions f32 `[F*H*W, dim]`: dim/4 for time, 3 dim/8 for width, 3 dim/8 for height; sines first."""
+    frames, height, width = grid
+
+    def table(size: int, channels: int, scale: float, place: tuple[int, int, int]) -> Array:
+        positions = (np.arange(size, dtype=np.float32) / np.float32(scale)).astype(np.float64)
+        angles = positions[:, None] / 10000 ** (np.arange(channels // 2) / (channels / 2))[None, :]
+        both = jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=-1), jnp.float32)
+        return jnp.broadcast_to(both.reshape(*place, channels), (*grid, channels))
+
+    # One short table per axis, broadcast here: whole, it would be a 130 MB constant of the compiled model.
+    time = table(frames, dim // 4, 1.0, (frames, 1, 1))
+    across = table(width, dim * 3 // 8, scale, (1, 1, width))
+    down = table(height, dim * 3 // 8, scale, (1, height, 1))
+    return jnp.concatenate([time, across, down], axis=-1).reshape(-1, dim)
 
 
 class Modulation(nnx.Module):
@@ -78,7 +158,7 @@ class Modulation(nnx.Module):
 
     def __init__(self, config: CogVideoXConfig, *, rngs: nnx.Rngs):
         self.linear = nnx.Linear(config.time_embed_dim, 6 * config.dim, rngs=rngs)
-        self.norm = nnx.LayerNorm(config.dim, epsilon=1e-5, rngs=rngs)
+        self.norm = nnx.LayerNorm(config.dim, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
 
     def __call__(self, x: Array, temb: Array, text: int) -> tuple[Array, Array]:
         """x `[B, N, C]` (text first), temb `[B, T]` -> modulated x and the gate `[B, N, C]`."""
@@ -98,33 +178,31 @@ class Block(nnx.Module):
         self.config = config
         self.norm1 = Modulation(config, rngs=rngs)
         self.to_q, self.to_k, self.to_v, self.to_out = (nnx.Linear(dim, dim, rngs=rngs) for _ in range(4))
-        self.norm_q = nnx.LayerNorm(config.head_dim, epsilon=1e-6, rngs=rngs)
-        self.norm_k = nnx.LayerNorm(config.head_dim, epsilon=1e-6, rngs=rngs)
+        self.norm_q = nnx.LayerNorm(config.head_dim, epsilon=1e-6, use_fast_variance=False, rngs=rngs)
+        self.norm_k = nnx.LayerNorm(config.head_dim, epsilon=1e-6, use_fast_variance=False, rngs=rngs)
         self.norm2 = Modulation(config, rngs=rngs)
         self.mlp_in = nnx.Linear(dim, config.mlp_ratio * dim, rngs=rngs)
         self.mlp_out = nnx.Linear(config.mlp_ratio * dim, dim, rngs=rngs)
 
-    def __call__(self, x: Array, temb: Array, rope: Rope, plan: AttentionPlan | None, text: int) -> Array:
+    def __call__(self, x: Array, temb: Array, rope: Rope | None, plan: AttentionPlan | None, text: int) -> Array:
         h, gate = self.norm1(x, temb, text)
         x = x + gate * self.attention(h, rope, plan)
         h, gate = self.norm2(x, temb, text)
         return x + gate * self.mlp_out(jax.nn.gelu(self.mlp_in(h), approximate=True))
 
-    def attention(self, h: Array, rope: Rope, plan: AttentionPlan | None) -> Array:
+    def attention(self, h: Array, rope: Rope | None, plan: AttentionPlan | None) -> Array:
         """The seam: `[B, N, C]` -> `[B, N, C]`, dense without a plan."""
         if plan is None:
             o = paro_jax.attention(*self.heads(h, rope))
         else:
 
-            def project(role: str, linear: nnx.Linear, norm: nnx.LayerNorm | None):
-                heads = (self.config.num_heads, self.config.head_dim)
+            def project(role: Literal["q", "k", "v"], linear: nnx.Linear, norm: nnx.LayerNorm | None):
                 return paro_jax.project_in(
                     h,
-                    linear.kernel[...].reshape(-1, *heads),
-                    linear.bias[...].reshape(heads),
+                    *head_weights(linear, self.config.num_heads),
                     plan=plan,
                     role=role,
-                    norm=Norm("layer", norm.scale[...], norm.bias[...], norm.epsilon) if norm else None,
+                    norm=head_norm(norm) if norm else None,
                     rope=rope if norm else None,
                 )
 
@@ -133,20 +211,14 @@ class Block(nnx.Module):
             o = paro_jax.attend(q, k, project("v", self.to_v, None), plan=plan)
         return self.to_out(o.reshape(*o.shape[:2], -1))
 
-    def heads(self, h: Array, rope: Rope) -> tuple[Array, Array, Array]:
+    def heads(self, h: Array, rope: Rope | None) -> tuple[Array, Array, Array]:
         """q, k, v `[B, N, heads, D]` in model order, normed and rotated: what `calibrate` wants to see."""
         q, k, v = (
             linear(h).reshape(*h.shape[:2], self.config.num_heads, self.config.head_dim)
             for linear in (self.to_q, self.to_k, self.to_v)
         )
-        return rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope), v
-
-
-def rotate(x: Array, rope: Rope) -> Array:
-    """Rotary embedding of pairs (x[2i], x[2i+1]), in f32 (RoFormer); x `[B, N, heads, D]`, tables `[N, D/2]`."""
-    cos, sin = rope.cos[None, :, None, :], rope.sin[None, :, None, :]
-    a, b = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
-    return jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape).astype(x.dtype)
+        q, k = self.norm_q(q), self.norm_k(k)
+        return (q, k, v) if rope is None else (rotate(q, rope), rotate(k, rope), v)
 
 
 class CogVideoX(nnx.Module):
@@ -154,16 +226,16 @@ class CogVideoX(nnx.Module):
 
     def __init__(self, config: CogVideoXConfig, *, rngs: nnx.Rngs):
         self.config = config
-        p, dim, time = config.patch_size, config.dim, config.time_embed_dim
-        self.patch = nnx.Linear(config.in_channels * p * p, dim, rngs=rngs)
+        pixels, dim, time = math.prod(config.patch), config.dim, config.time_embed_dim
+        self.patch = nnx.Linear(config.in_channels * pixels, dim, rngs=rngs)
         self.text = nnx.Linear(config.text_embed_dim, dim, rngs=rngs)
         self.time_in = nnx.Linear(dim, time, rngs=rngs)
         self.time_out = nnx.Linear(time, time, rngs=rngs)
         self.blocks = nnx.vmap(lambda r: Block(config, rngs=r))(rngs.split(config.num_layers))
-        self.norm_final = nnx.LayerNorm(dim, epsilon=1e-5, rngs=rngs)
+        self.norm_final = nnx.LayerNorm(dim, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
         self.modulation_out = nnx.Linear(time, 2 * dim, rngs=rngs)
-        self.norm_out = nnx.LayerNorm(dim, epsilon=1e-5, rngs=rngs)
-        self.proj_out = nnx.Linear(dim, config.out_channels * p * p, rngs=rngs)
+        self.norm_out = nnx.LayerNorm(dim, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+        self.proj_out = nnx.Linear(dim, config.out_channels * pixels, rngs=rngs)
 
     def __call__(
         self,
@@ -177,27 +249,25 @@ class CogVideoX(nnx.Module):
     ) -> Any:
         """Predict.
 
-        latents `[B, F, C, H, W]`, timestep `[B]`, text `[B, T, E]` -> `[B, F, C_out, H, W]`.
+        latents `[B, F, C, H, W]`, timestep `[B]`, text `[B, T, E]` -> `[B, F, C_out, H, W]`. ValueError unless F, H, W
+        are multiples of the patch; `config.padded_frames` is such an F.
         `plan`: leading axis (sites,) = layers; None is dense. With `capture`, also q, k, v `[layers, B, N, heads, D]`
         after norm and rotation, as attention sees them. `remat` recomputes blocks in the backward pass.
         """
-        batch, frames, channels, height, width = latents.shape
-        p = self.config.patch_size
-        if channels != self.config.in_channels or height % p or width % p:
-            raise ValueError(
-                f"latents: expected [B, F, {self.config.in_channels}, H, W] with H and W multiples of {p}, "
-                f"found {latents.shape}; check the latent channels and pad the video to whole patches."
-            )
-        grid = (frames, height // p, width // p)
-        temb = self.time_out(
-            jax.nn.silu(self.time_in(timestep_embedding(timestep, self.config.dim).astype(latents.dtype)))
-        )
-        # Patch pixels are ordered (channel, row, column), as a convolution's kernel is when flattened.
-        x = latents.reshape(batch, frames, channels, grid[1], p, grid[2], p).transpose(0, 1, 3, 5, 2, 4, 6)
-        x = self.patch(x.reshape(batch, -1, channels * p * p))
+        config, (f, p, _) = self.config, self.config.patch
+        check_video(latents.shape, "B F C H W", config.in_channels, config.patch)
+        batch, frames, _, height, width = latents.shape
+        grid = (frames // f, height // p, width // p)
+        time = timestep_embedding(timestep, config.dim).astype(latents.dtype)
+        temb = self.time_out(jax.nn.silu(self.time_in(time)))
+        x = self.patch(patchify(latents, config.patch))
+        tokens, rope = text.shape[1], None
+        if config.position == "sincos":
+            x = x + sincos_3d(grid, config.dim, config.sincos_scale).astype(x.dtype)[None]
+        else:
+            native = (config.height // p, config.width // p) if config.position == "rope" else None
+            rope = rope_3d(grid, config.head_dim, tokens, config.rope_theta, native)
         x = jnp.concatenate([self.text(text), x], axis=1)
-        tokens = text.shape[1]
-        rope = rope_3d(grid, self.config.head_dim, tokens, self.config.rope_theta)
 
         def layer(x, block_and_plan):
             block, plan = block_and_plan
@@ -208,6 +278,6 @@ class CogVideoX(nnx.Module):
         x = self.norm_final(x)[:, tokens:]
         shift, scale = jnp.split(self.modulation_out(jax.nn.silu(temb)), 2, axis=-1)
         x = self.proj_out(self.norm_out(x) * (1 + scale[:, None]) + shift[:, None])
-        x = x.reshape(batch, *grid, self.config.out_channels, p, p).transpose(0, 1, 4, 2, 5, 3, 6)
-        x = x.reshape(batch, frames, self.config.out_channels, height, width)
+        x = x.reshape(batch, *grid, config.out_channels, f, p, p).transpose(0, 1, 5, 4, 2, 6, 3, 7)
+        x = x.reshape(batch, frames, config.out_channels, height, width)
         return (x, seen) if capture else x

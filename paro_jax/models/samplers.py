@@ -33,16 +33,27 @@ class VSchedule:
         """`steps` training timesteps, falling, "trailing" spacing: the first is train_steps - 1, pure noise."""
         return np.round(self.train_steps - np.arange(steps) * (self.train_steps / steps)).astype(np.int32) - 1
 
+    def signal(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """alpha-bar before and after each step, f64 `[steps]`.
+
+        A step goes down by train_steps // steps, as CogVideoX's scheduler does, even where the timesteps lie a little
+        further apart; below zero it lands on 1, clean latents (set_alpha_to_one).
+        """
+        times, alphas = self.timesteps(steps), self.alphas_cumprod()
+        after = times - self.train_steps // steps
+        return alphas[times], np.where(after >= 0, alphas[np.maximum(after, 0)], 1.0)
+
 
 def ddim_step(x: Array, v: Array, index: Array, *, steps: int, schedule: VSchedule = VSchedule()) -> Array:
     """One deterministic DDIM step: latents and v at step `index` (0 is pure noise) -> latents at the next, f32."""
-    times, alphas = schedule.timesteps(steps), schedule.alphas_cumprod()
-    # The last step lands on alpha-bar 1 (clean latents), as CogVideoX's scheduler sets it (set_alpha_to_one).
-    a = jnp.asarray(alphas[times], jnp.float32)[index]
-    b = jnp.asarray(np.append(alphas[times[1:]], 1.0), jnp.float32)[index]
-    clean = jnp.sqrt(a) * x - jnp.sqrt(1 - a) * v
-    eps = jnp.sqrt(a) * v + jnp.sqrt(1 - a) * x
-    return jnp.sqrt(b) * clean + jnp.sqrt(1 - b) * eps
+    now, after = schedule.signal(steps)
+    # Signal and noise amplitudes from f64: 1 - alpha-bar in f32 would lose half its digits near clean latents.
+    (a, s), (b, n) = (
+        (jnp.asarray(np.sqrt(p), jnp.float32)[index], jnp.asarray(np.sqrt(1 - p), jnp.float32)[index])
+        for p in (now, after)
+    )
+    clean, eps = a * x - s * v, a * v + s * x
+    return b * clean + n * eps
 
 
 def ddim(

@@ -1,0 +1,93 @@
+"""What the models share: sinusoids of time, rotary tables, rotation, weights per head, patches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from paro_jax import Norm, Rope
+
+
+def timestep_embedding(timestep: Array, dim: int) -> Array:
+    """Sinusoids of diffusion time `[...]` -> f32 `[..., dim]`, cosines first, frequencies 10000^(-i / (dim/2)) (DDPM).
+
+    Angles reach 1000, where one unit in the last place of a frequency shows in the output of a whole model. So the
+    exponent is rounded to float32 at every step, as the originals do, and only the exponential is exact.
+    """
+    half = dim // 2
+    exponent = np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequencies = np.exp(exponent.astype(np.float64)).astype(np.float32)
+    angles = timestep.astype(jnp.float32)[..., None] * frequencies.reshape([1] * timestep.ndim + [half])
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def axis_rope(
+    positions: Sequence[np.ndarray], dims: Sequence[int], *, text: int = 0, theta: float = 10000.0, dtype: Any
+) -> Rope:
+    """Rotation tables f32 `[text + product of the axis lengths, sum(dims) / 2]` for interleaved pairs (RoFormer).
+
+    `positions`: one array per axis of the grid, `dims`: how many channels rotate by it. Text tokens come first and do
+    not rotate (cos 1, sin 0). `dtype`: that in which the original computes its angles.
+    """
+    grid = tuple(len(p) for p in positions)
+    angles = []
+    for axis, (places, dim) in enumerate(zip(positions, dims, strict=True)):
+        frequencies = 1.0 / (dtype(theta) ** (np.arange(0, dim, 2, dtype=dtype) / dtype(dim)))
+        table = np.asarray(places, dtype)[:, None] * frequencies[None, :]
+        where = [1] * len(grid) + [dim // 2]
+        where[axis] = grid[axis]
+        angles.append(np.broadcast_to(table.reshape(where), (*grid, dim // 2)))
+    table = np.concatenate(angles, axis=-1).reshape(-1, sum(dims) // 2)
+    table = np.concatenate([np.zeros((text, table.shape[1]), dtype), table])
+    return Rope(jnp.asarray(np.cos(table), jnp.float32), jnp.asarray(np.sin(table), jnp.float32))
+
+
+def rotate(x: Array, rope: Rope) -> Array:
+    """Rotary embedding of pairs (x[2i], x[2i+1]), in f32 (RoFormer); x `[B, N, heads, D]`, tables `[N, D/2]`."""
+    cos, sin = rope.cos[None, :, None, :], rope.sin[None, :, None, :]
+    a, b = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
+    return jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape).astype(x.dtype)
+
+
+def head_weights(linear: nnx.Linear, heads: int) -> tuple[Array, Array | None]:
+    """Kernel `[C, heads, D]` and bias `[heads, D]` of a projection, as `paro_jax.project_in` takes them."""
+    kernel, bias = linear.kernel[...], linear.bias
+    return kernel.reshape(kernel.shape[0], heads, -1), None if bias is None else bias[...].reshape(heads, -1)
+
+
+def head_norm(norm: nnx.LayerNorm | nnx.RMSNorm) -> Norm:
+    """A norm over the channels of one head, as `paro_jax.arrange` takes it."""
+    scale = None if norm.scale is None else norm.scale[...]
+    if isinstance(norm, nnx.RMSNorm):
+        return Norm("rms", scale, None, norm.epsilon)
+    return Norm("layer", scale, None if norm.bias is None else norm.bias[...], norm.epsilon)
+
+
+def patchify(video: Array, patch: tuple[int, int, int]) -> Array:
+    """Video `[B, F, C, H, W]` -> `[B, tokens, C * f * h * w]`, patch pixels ordered (channel, frame, row, column).
+
+    That is the order of a convolution's kernel when flattened. Tokens run over F, then H, then W.
+    """
+    batch, frames, channels, height, width = video.shape
+    f, h, w = patch
+    x = video.reshape(batch, frames // f, f, channels, height // h, h, width // w, w)
+    return x.transpose(0, 1, 4, 6, 3, 2, 5, 7).reshape(batch, -1, channels * f * h * w)
+
+
+def check_video(shape: tuple[int, ...], axes: str, channels: int, patch: tuple[int, int, int]) -> None:
+    """ValueError unless a latent video, axes named as in "B F C H W", has the model's channels and whole patches."""
+    names = axes.split()
+    fits = len(shape) == len(names) and shape[names.index("C")] == channels
+    if not fits or any(shape[names.index(axis)] % size for axis, size in zip("FHW", patch, strict=True)):
+        wanted = ", ".join(str(channels) if name == "C" else name for name in names)
+        frames = f"F a multiple of {patch[0]}, " if patch[0] > 1 else ""
+        raise ValueError(
+            f"latents: expected [{wanted}] with {frames}H and W multiples of {patch[1]}, found {shape}; check the "
+            "latent channels and pad the video to whole patches."
+        )

@@ -1,0 +1,149 @@
+"""Makes the model fixtures: small models of diffusers with every weight random, their inputs and their outputs.
+
+    HF_HUB_OFFLINE=1 python tests/golden/make_models.py [NAME ...]
+
+Runs under Python 3.11 with torch==2.13.0 (CPU), diffusers==0.42.1 and safetensors, in an environment of its own: the
+suite only reads what this writes. `NAME.safetensors` holds "weights.*" under diffusers' names, "input.*" and "output";
+`NAME.keys.txt` the names and shapes of a published model at full size. Versions are recorded in the header.
+"""
+
+import ast
+import json
+import pathlib
+import sys
+
+import diffusers
+import torch
+from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from safetensors.torch import save_file
+
+FOLDER = pathlib.Path(__file__).parent
+PINNED = {"torch": "2.13.0", "diffusers": "0.42.1"}
+
+
+def versions() -> dict[str, str]:
+    found = {"torch": torch.__version__.split("+")[0], "diffusers": diffusers.__version__}
+    if found != PINNED:
+        raise SystemExit(f"expected {PINNED}, found {found}; fixtures are compared across machines.")
+    return found
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Every parameter random, norm scales around 1: default values hide a missing norm or a swapped gate."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.08)
+            if "norm" in name and name.endswith("weight") and p.ndim == 1:
+                p.add_(1.0)
+    return model.eval()
+
+
+def normal(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def write(name: str, model: torch.nn.Module, inputs: dict, output: torch.Tensor, config: dict) -> None:
+    tensors = {f"weights.{k}": v for k, v in model.state_dict().items()}
+    tensors |= {f"input.{k}": v for k, v in inputs.items()} | {"output": output}
+    header = versions() | {"config": json.dumps(config)}
+    path = FOLDER / f"{name}.safetensors"
+    save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, path, metadata=header)
+    sys.stdout.write(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB, output std {output.std():.2f}\n")
+
+
+def keys(name: str, build) -> None:
+    with torch.device("meta"):
+        state = build().state_dict()
+    lines = [f"{key} {','.join(map(str, value.shape))}" for key, value in sorted(state.items())]
+    (FOLDER / f"{name}.keys.txt").write_text("\n".join(lines) + "\n")
+    sys.stdout.write(f"{name}.keys.txt: {len(lines)} tensors\n")
+
+
+COGVIDEOX = dict(
+    num_attention_heads=2,
+    attention_head_dim=32,
+    in_channels=4,
+    out_channels=4,
+    time_embed_dim=16,
+    text_embed_dim=24,
+    num_layers=2,
+    sample_width=12,
+    sample_height=8,
+    sample_frames=9,
+    patch_size=2,
+    temporal_compression_ratio=4,
+    max_text_seq_length=10,
+)
+
+
+def crop_region(grid: tuple[int, int], width: int, height: int):
+    """The pipeline's own function, taken from its file: importing the pipeline would want transformers."""
+    file = pathlib.Path(diffusers.__file__).parent / "pipelines/cogvideo/pipeline_cogvideox.py"
+    name = "get_resize_crop_region_for_grid"
+    body = [n for n in ast.parse(file.read_text()).body if getattr(n, "name", "") == name]
+    scope: dict = {}
+    exec(compile(ast.Module(body, []), str(file), "exec"), scope)
+    return scope[name](grid, width, height)
+
+
+def cogvideox(name: str, height: int = 8, width: int = 12, frames: int = 3, **options) -> None:
+    """Latents [2, frames, 4, height, width]; the model is trained at [3, 8, 12]."""
+    model = randomise(CogVideoXTransformer3DModel(**COGVIDEOX | options))
+    inputs = {
+        "latents": normal(2, frames, 4, height, width, seed=1),
+        "timestep": torch.tensor([987.0, 41.0]),
+        "text": normal(2, 10, 24, seed=2),
+    }
+    rope, grid = None, (height // 2, width // 2)
+    if "patch_size_t" in options:
+        steps = frames // options["patch_size_t"]
+        rope = get_3d_rotary_pos_embed(32, None, grid, steps, grid_type="slice", max_size=(max(grid), max(grid)))
+    elif options.get("use_rotary_positional_embeddings"):
+        crop = crop_region(grid, 12 // 2, 8 // 2)
+        rope = get_3d_rotary_pos_embed(32, crop, grid, frames)
+    with torch.no_grad():
+        output = model(inputs["latents"], inputs["text"], inputs["timestep"], image_rotary_emb=rope, return_dict=False)[
+            0
+        ]
+    write(name, model, inputs, output, COGVIDEOX | options)
+
+
+def ddim() -> None:
+    """Whole runs of CogVideoX's DDIM with a model that can be written in one line."""
+    tensors = {"noise": normal(2, 3, 4, seed=3)}
+    for shift in (1.0, 3.0):
+        for steps in (7, 30, 50):
+            scheduler = CogVideoXDDIMScheduler(
+                prediction_type="v_prediction",
+                clip_sample=False,
+                rescale_betas_zero_snr=True,
+                timestep_spacing="trailing",
+                snr_shift_scale=shift,
+            )
+            scheduler.set_timesteps(steps)
+            x = tensors["noise"]
+            for t in scheduler.timesteps:
+                v = torch.tanh(0.7 * x + t / 1000) - 0.3 * x.roll(1, -1)
+                x = scheduler.step(v, t, x, return_dict=False)[0]
+            tensors[f"shift{shift:g}.steps{steps}"] = x
+    save_file(tensors, FOLDER / "ddim.safetensors", metadata=versions())
+
+
+COGVIDEOX_5B = dict(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True)
+
+FIXTURES = {
+    "cogvideox_2b": lambda: cogvideox("cogvideox_2b"),
+    "cogvideox_5b": lambda: cogvideox("cogvideox_5b", use_rotary_positional_embeddings=True),
+    "cogvideox_5b_tall": lambda: cogvideox("cogvideox_5b_tall", 12, 8, 2, use_rotary_positional_embeddings=True),
+    "cogvideox_1_5": lambda: cogvideox(
+        "cogvideox_1_5", frames=4, use_rotary_positional_embeddings=True, patch_size_t=2, patch_bias=False
+    ),
+    "cogvideox_keys": lambda: keys("cogvideox_5b", lambda: CogVideoXTransformer3DModel(**COGVIDEOX_5B)),
+    "ddim": ddim,
+}
+
+if __name__ == "__main__":
+    for fixture in sys.argv[1:] or FIXTURES:
+        FIXTURES[fixture]()
