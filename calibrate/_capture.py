@@ -93,11 +93,7 @@ class Checked(NamedTuple):
 
 def check_reiterable(samples: Any, name: str = "samples") -> None:
     """ValueError unless `samples` can be iterated more than once."""
-    try:
-        again = iter(samples) is not samples
-    except TypeError:
-        again = False
-    if not again:
+    if isinstance(samples, Iterator) or not (isinstance(samples, Iterable) or hasattr(samples, "__getitem__")):
         raise ValueError(
             f"{name} must be an iterable of calibrate.Sample that can be iterated again, such as a list or an object "
             f"whose __iter__ starts anew (calibration passes over it more than once); got {type(samples).__name__}. "

@@ -83,7 +83,7 @@ class Checkpoint:
             return State()
         advice = "Delete it to start anew, or pass another path."
         try:
-            with np.load(self.path, allow_pickle=False) as file:
+            with open(self.path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             header = json.loads(str(arrays.pop("header")))
             written = header["format"]

@@ -209,7 +209,7 @@ def _unpickle(path: Path, archive: zipfile.ZipFile) -> Any:
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Knows the four names that a file of tensors needs, none of which can do anything else."""
+    """Knows the names that a file of tensors needs. What it gives for them can neither do nor hold anything else."""
 
     def __init__(self, file: io.BytesIO, path: Path, read: Callable[[np.dtype, str, int], np.ndarray]):
         super().__init__(file)
@@ -217,23 +217,32 @@ class _TensorUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _STORAGES:
-            return np.dtype(_STORAGES[name])
+            return name  # not the dtype: a pickle can set the state of that
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return self._tensor
+            return _Rebuild(self._path)
         if (module, name) == ("collections", "OrderedDict"):
             return dict
         raise ValueError(
-            f"{self._path}: its pickle asks for {module}.{name}; only tensors are loaded. The file is not a plan, or "
-            "it is meant to run code: do not load it elsewhere."
+            f"{self._path}: its pickle asks for {module}.{name}; only tensors are loaded. The file is no plan, or it "
+            "is meant to run code: do not load it elsewhere."
         )
 
     def persistent_load(self, pid: Any) -> np.ndarray:
-        fine = isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], np.dtype)
-        if not fine or not isinstance(pid[2], str) or not isinstance(pid[4], int):
+        fine = isinstance(pid, tuple) and len(pid) == 5 and all(isinstance(part, str) for part in pid[:3])
+        if not fine or pid[0] != "storage" or pid[1] not in _STORAGES or type(pid[4]) is not int:
             raise ValueError(f"{self._path}: its pickle refers to {pid!r}; expected a tensor's storage.")
-        return self._read(pid[1], pid[2], pid[4])
+        return self._read(np.dtype(_STORAGES[pid[1]]), pid[2], pid[4])
 
-    def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *ignored: Any) -> np.ndarray:
+
+class _Rebuild:
+    """torch._utils._rebuild_tensor_v2, and no place where a pickle could leave anything."""
+
+    __slots__ = ("_path",)
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def __call__(self, storage: Any, offset: Any, size: Any, stride: Any, *ignored: Any) -> np.ndarray:
         numbers = (offset, *size, *stride)
         wrong = len(size) != len(stride) or any(type(n) is not int or n < 0 for n in numbers)
         if wrong or not isinstance(storage, np.ndarray):

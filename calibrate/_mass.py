@@ -53,8 +53,8 @@ def attention_map(
     if size < 1:
         raise ValueError(f"size must be a positive number of pixels; got {size}.")
     pixel = -(-grid.tokens // size)
-    tokens = grid.block_tokens(pixel)
-    return block_mass(q, k, grid, order, (pixel, pixel)) / (tokens[:, None] * tokens[None, :])
+    tokens = grid.block_tokens(pixel).astype(np.float32)
+    return block_mass(q, k, grid, order, (pixel, pixel)) / np.multiply.outer(tokens, tokens)[None]
 
 
 def head_slots(grid: TokenGrid, names: Sequence[str]) -> np.ndarray:
@@ -99,7 +99,7 @@ def block_shapes(
     (total, peak, large) = _block_statistics(
         q, k, lse, slots, block, lambda p: (_sum(p), p.max((1, 3)), _sum((p >= eps).astype(jnp.float32)))
     )
-    size = np.multiply.outer(*(_block_tokens(slots.shape[-1], b) for b in block)).astype(np.float32)
+    size = np.multiply.outer(*(_block_tokens(slots.shape[-1], b) for b in block)).astype(np.float32)[None, None]
     # P is 0 where the scores are beyond float32; a block of zeros is perfectly even.
     return (size - large) / size, jnp.where(total > 0, peak * size / jnp.where(total > 0, total, 1), 1)
 
@@ -130,7 +130,7 @@ def _block_statistics(q, k, lse, slots, block: tuple[int, int], reduce: Callable
 
         def strip(args):
             rows, lse = args
-            p = jnp.where(real, jnp.exp2(_dot(rows, k) - lse[:, None]), 0)
+            p = jnp.where(real[None], jnp.exp2(_dot(rows, k) - lse[:, None]), 0)
             return reduce(p.reshape(-1, bq, nk, bk))
 
         maps = jax.lax.map(strip, (_cut(q, rows), _cut(lse, rows, jnp.inf)))  # exp2(-inf): a row past the end weighs 0

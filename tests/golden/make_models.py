@@ -14,7 +14,11 @@ import sys
 
 import diffusers
 import torch
-from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXTransformer3DModel,
+    WanTransformer3DModel,
+)
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from safetensors.torch import save_file
 
@@ -110,6 +114,28 @@ def cogvideox(name: str, height: int = 8, width: int = 12, frames: int = 3, **op
     write(name, model, inputs, output, COGVIDEOX | options)
 
 
+WAN = dict(
+    patch_size=(1, 2, 2),
+    num_attention_heads=2,
+    attention_head_dim=24,
+    in_channels=4,
+    out_channels=6,
+    text_dim=16,
+    freq_dim=32,
+    ffn_dim=64,
+    num_layers=2,
+    rope_max_seq_len=32,
+)
+
+
+def wan(name: str, timestep: torch.Tensor) -> None:
+    model = randomise(WanTransformer3DModel(**WAN))
+    inputs = {"latents": normal(2, 4, 3, 8, 12, seed=1), "timestep": timestep, "text": normal(2, 10, 16, seed=2)}
+    with torch.no_grad():
+        output = model(inputs["latents"], timestep, inputs["text"], return_dict=False)[0]
+    write(name, model, inputs, output, WAN)
+
+
 def ddim() -> None:
     """Whole runs of CogVideoX's DDIM with a model that can be written in one line."""
     tensors = {"noise": normal(2, 3, 4, seed=3)}
@@ -142,6 +168,9 @@ FIXTURES = {
     ),
     "cogvideox_keys": lambda: keys("cogvideox_5b", lambda: CogVideoXTransformer3DModel(**COGVIDEOX_5B)),
     "ddim": ddim,
+    "wan": lambda: wan("wan", torch.tensor([987.0, 41.0])),
+    "wan_per_token": lambda: wan("wan_per_token", (normal(2, 72, seed=4).abs() * 300).round()),
+    "wan_keys": lambda: keys("wan_14b", WanTransformer3DModel),
 }
 
 if __name__ == "__main__":
