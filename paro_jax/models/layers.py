@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -53,6 +54,18 @@ def rotate(x: Array, rope: Rope) -> Array:
     cos, sin = rope.cos[None, :, None, :], rope.sin[None, :, None, :]
     a, b = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
     return jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape).astype(x.dtype)
+
+
+def layer_norm(x: Array, epsilon: float = 1e-6) -> Array:
+    """Layer norm over the last axis with nothing learned, f32 whatever comes in."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + epsilon)
+
+
+def split_heads(x: Array, heads: int) -> Array:
+    """`[B, N, heads * D]` -> `[B, N, heads, D]`."""
+    return x.reshape(*x.shape[:2], heads, -1)
 
 
 def head_weights(linear: nnx.Linear, heads: int) -> tuple[Array, Array | None]:

@@ -1,0 +1,233 @@
+"""Wan 2.1 and 2.2 (arXiv 2503.20314): video diffusion transformers, self-attention over video, text by cross-attention.
+
+Names, arithmetic and layouts are those of diffusers' `WanTransformer3DModel`, text to video. The plan is for the
+self-attention; text never enters it. All layers live in one stacked `Block` (leading axis: layer), so one trace serves
+them all and per-layer plans scan along. Modulation is computed in float32 whatever the weights are, as the original.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+import paro_jax
+from paro_jax import AttentionPlan, Rope, TokenGrid
+from paro_jax.models.layers import (
+    axis_rope,
+    check_video,
+    head_weights,
+    layer_norm,
+    patchify,
+    rotate,
+    split_heads,
+    timestep_embedding,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class WanConfig:
+    """Hyperparameters. `frames`, `height`, `width`: the latent video that a plan is for, before patching."""
+
+    num_layers: int = 40
+    num_heads: int = 40
+    head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_embed_dim: int = 4096
+    time_embed_dim: int = 256
+    mlp_dim: int = 13824
+    patch: tuple[int, int, int] = (1, 2, 2)
+    frames: int = 21
+    height: int = 90
+    width: int = 160
+    rope_theta: float = 10000.0
+
+    @property
+    def dim(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def grid(self) -> TokenGrid:
+        sizes = (self.frames, self.height, self.width)
+        return TokenGrid(tuple(n // p for n, p in zip(sizes, self.patch, strict=True)))
+
+
+# Published models, text to video: 81 frames at 720 x 1280 (14B; both experts of Wan 2.2 A14B are this configuration
+# too) and at 480 x 832 (1.3B); 121 frames at 704 x 1280 (Wan 2.2 5B, which takes a timestep per token).
+WAN_14B = WanConfig()
+WAN_1_3B = WanConfig(num_layers=30, num_heads=12, mlp_dim=8960, height=60, width=104)
+WAN_2_2_5B = WanConfig(
+    num_layers=30, num_heads=24, in_channels=48, out_channels=48, mlp_dim=14336, frames=31, height=44, width=80
+)
+
+
+def diffusers_names(config: WanConfig) -> dict[str, str]:
+    """Our modules -> those of diffusers' `WanTransformer3DModel`, for `weights.from_diffusers`."""
+    attention = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
+    attention |= {"norm_q": "norm_q", "norm_k": "norm_k"}
+    block = {
+        **{f"{ours}.{a}": f"{theirs}.{b}" for a, b in attention.items() for ours, theirs in _ATTENTIONS.items()},
+        "norm_cross": "norm2",
+        "mlp_in": "ffn.net.0.proj",
+        "mlp_out": "ffn.net.2",
+        "table": "scale_shift_table",
+    }
+    return {
+        "patch": "patch_embedding",
+        "text_in": "condition_embedder.text_embedder.linear_1",
+        "text_out": "condition_embedder.text_embedder.linear_2",
+        "time_in": "condition_embedder.time_embedder.linear_1",
+        "time_out": "condition_embedder.time_embedder.linear_2",
+        "modulation": "condition_embedder.time_proj",
+        **{f"blocks.{ours}": f"blocks.{{}}.{theirs}" for ours, theirs in block.items()},
+        "table": "scale_shift_table",
+        "proj_out": "proj_out",
+    }
+
+
+_ATTENTIONS = {"attention": "attn1", "cross": "attn2"}
+
+
+def rope_3d(grid: tuple[int, ...], head_dim: int, theta: float = 10000.0) -> Rope:
+    """Rotation tables `[F*H*W, head_dim / 2]`: 2 (D // 6) channels for height, as many for width, the rest for time."""
+    side = 2 * (head_dim // 6)
+    dims = (head_dim - 2 * side, side, side)
+    return axis_rope([np.arange(n) for n in grid], dims, theta=theta, dtype=np.float64)
+
+
+class Attention(nnx.Module):
+    """Projections of one attention; q and k are normed over all heads together, before the split."""
+
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
+        dim = config.dim
+        self.num_heads = config.num_heads
+        self.to_q, self.to_k, self.to_v, self.to_out = (nnx.Linear(dim, dim, rngs=rngs) for _ in range(4))
+        self.norm_q = nnx.RMSNorm(dim, epsilon=1e-6, rngs=rngs)
+        self.norm_k = nnx.RMSNorm(dim, epsilon=1e-6, rngs=rngs)
+
+    def query(self, x: Array) -> Array:
+        """`[B, N, C]` -> `[B, N, heads, D]`, normed."""
+        return split_heads(self.norm_q(self.to_q(x)), self.num_heads)
+
+    def key(self, x: Array) -> Array:
+        return split_heads(self.norm_k(self.to_k(x)), self.num_heads)
+
+    def out(self, o: Array) -> Array:
+        """`[B, N, heads, D]` -> `[B, N, C]`."""
+        return self.to_out(o.reshape(*o.shape[:2], -1))
+
+    def heads(self, h: Array, rope: Rope) -> tuple[Array, Array, Array]:
+        """q, k, v `[B, N, heads, D]` of self-attention, model order, normed and rotated: what `calibrate` wants."""
+        return rotate(self.query(h), rope), rotate(self.key(h), rope), split_heads(self.to_v(h), self.num_heads)
+
+    def to_self(self, h: Array, rope: Rope, plan: AttentionPlan | None) -> Array:
+        """The seam: `[B, N, C]` -> `[B, N, C]`, dense without a plan."""
+        if plan is None:
+            return self.out(paro_jax.attention(*self.heads(h, rope)))
+        # A norm across heads cannot run inside `project_in`, which sees one head at a time; the rotation can.
+        q = paro_jax.arrange(self.query(h), plan=plan, role="q", rope=rope)
+        k = paro_jax.arrange(self.key(h), plan=plan, role="k", rope=rope)
+        v = paro_jax.project_in(h, *head_weights(self.to_v, self.num_heads), plan=plan, role="v")
+        return self.out(paro_jax.attend(q, k, v, plan=plan))
+
+    def to_text(self, h: Array, text: Array) -> Array:
+        """Every video token looks at all of the text; `[B, N, C]`, `[B, T, C]` -> `[B, N, C]`."""
+        return self.out(paro_jax.attention(self.query(h), self.key(text), split_heads(self.to_v(text), self.num_heads)))
+
+
+class Block(nnx.Module):
+    """Self-attention and feed-forward behind adaLN-zero, and cross-attention to the text between them."""
+
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
+        dim = config.dim
+        self.attention = Attention(config, rngs=rngs)
+        self.cross = Attention(config, rngs=rngs)
+        self.norm_cross = nnx.LayerNorm(dim, epsilon=1e-6, use_fast_variance=False, rngs=rngs)
+        self.mlp_in = nnx.Linear(dim, config.mlp_dim, rngs=rngs)
+        self.mlp_out = nnx.Linear(config.mlp_dim, dim, rngs=rngs)
+        self.table = nnx.Param(jax.random.normal(rngs.params(), (6, dim)) / math.sqrt(dim))
+
+    def modulate(self, x: Array, modulation: Array, which: int) -> tuple[Array, Array]:
+        """x `[B, N, C]` normed, scaled and shifted for attention (0) or feed-forward (1), and its gate, f32.
+
+        modulation `[B, 1 or N, 6, C]`, f32: (shift, scale, gate) twice, what `time` adds to the block's own table.
+        """
+        table = self.table[...].astype(jnp.float32)[None, None] + modulation
+        shift, scale, gate = (table[:, :, 3 * which + i] for i in range(3))
+        return (layer_norm(x) * (1 + scale) + shift).astype(x.dtype), gate
+
+    def __call__(self, x: Array, text: Array, modulation: Array, rope: Rope, plan: AttentionPlan | None) -> Array:
+        h, gate = self.modulate(x, modulation, 0)
+        x = (x.astype(jnp.float32) + self.attention.to_self(h, rope, plan) * gate).astype(x.dtype)
+        h = self.norm_cross(x.astype(jnp.float32)).astype(x.dtype)
+        x = x + self.cross.to_text(h, text)
+        h, gate = self.modulate(x, modulation, 1)
+        h = self.mlp_out(jax.nn.gelu(self.mlp_in(h), approximate=True))
+        return (x.astype(jnp.float32) + h.astype(jnp.float32) * gate).astype(x.dtype)
+
+
+class Wan(nnx.Module):
+    """The transformer: latent video, timestep and text embeddings in, prediction (flow) out."""
+
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        pixels, dim = math.prod(config.patch), config.dim
+        self.patch = nnx.Linear(config.in_channels * pixels, dim, rngs=rngs)
+        self.text_in = nnx.Linear(config.text_embed_dim, dim, rngs=rngs)
+        self.text_out = nnx.Linear(dim, dim, rngs=rngs)
+        self.time_in = nnx.Linear(config.time_embed_dim, dim, rngs=rngs)
+        self.time_out = nnx.Linear(dim, dim, rngs=rngs)
+        self.modulation = nnx.Linear(dim, 6 * dim, rngs=rngs)
+        self.blocks = nnx.vmap(lambda r: Block(config, rngs=r))(rngs.split(config.num_layers))
+        self.table = nnx.Param(jax.random.normal(rngs.params(), (2, dim)) / math.sqrt(dim))
+        self.proj_out = nnx.Linear(dim, config.out_channels * pixels, rngs=rngs)
+
+    def __call__(
+        self,
+        latents: Array,
+        timestep: Array,
+        text: Array,
+        *,
+        plan: AttentionPlan | None = None,
+        capture: bool = False,
+        remat: bool = False,
+    ) -> Any:
+        """Predict.
+
+        latents `[B, C, F, H, W]`, timestep `[B]` or one per token `[B, N]` (Wan 2.2 5B), text `[B, T, E]` ->
+        `[B, C_out, F, H, W]`. ValueError unless F, H, W are multiples of the patch.
+        `plan`: leading axis (sites,) = layers; None is dense. With `capture`, also q, k, v `[layers, B, N, heads, D]`
+        of self-attention after norm and rotation. `remat` recomputes blocks in the backward pass.
+        """
+        config = self.config
+        check_video(latents.shape, "B C F H W", config.in_channels, config.patch)
+        batch, _, *sizes = latents.shape
+        grid = tuple(n // p for n, p in zip(sizes, config.patch, strict=True))
+        rope = rope_3d(grid, config.head_dim, config.rope_theta)
+        x = self.patch(patchify(latents.swapaxes(1, 2), config.patch))
+        # One timestep for all tokens or one for each: [B, 1 or N, ...] from here on.
+        timestep = timestep if timestep.ndim == 2 else timestep[:, None]
+        time = timestep_embedding(timestep, config.time_embed_dim).astype(self.time_in.kernel.dtype)
+        temb = self.time_out(jax.nn.silu(self.time_in(time))).astype(latents.dtype)
+        modulation = self.modulation(jax.nn.silu(temb)).astype(jnp.float32).reshape(*temb.shape[:2], 6, config.dim)
+        text = self.text_out(jax.nn.gelu(self.text_in(text), approximate=True))
+
+        def layer(x, block_and_plan):
+            block, plan = block_and_plan
+            seen = block.attention.heads(block.modulate(x, modulation, 0)[0], rope) if capture else None
+            return block(x, text, modulation, rope, plan), seen
+
+        x, seen = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (self.blocks, plan))
+        table = self.table[...].astype(jnp.float32)[None, None] + temb.astype(jnp.float32)[:, :, None]
+        x = self.proj_out((layer_norm(x) * (1 + table[:, :, 1]) + table[:, :, 0]).astype(x.dtype))
+        # Pixels come out ordered (frame, row, column, channel), unlike those that go in.
+        x = x.reshape(batch, *grid, *config.patch, config.out_channels).transpose(0, 7, 1, 4, 2, 5, 3, 6)
+        x = x.reshape(batch, config.out_channels, *sizes)
+        return (x, seen) if capture else x
