@@ -156,7 +156,8 @@ def frames(path: str | os.PathLike, made: Videos, captions: list[str], prompt: i
             axis.imshow((videos[prompt][0][f] + 1) / 2, interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
-        row[0].set_ylabel(_name(key).replace(" ", "\n", 1), fontsize=7, rotation=0, ha="right", va="center")
+        label = _name(key).replace(f" {key[1]:.0%}", f"\n{key[1]:.0%}")
+        row[0].set_ylabel(label, fontsize=7, rotation=0, ha="right", va="center")
     figure.suptitle(captions[prompt], fontsize=9)
     figure.savefig(path, dpi=130)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import time
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -18,7 +20,7 @@ from flax import nnx
 from tqdm import tqdm
 
 import calibrate
-from paro_jax import AttentionPlan, QuantSpec, metrics, policies
+from paro_jax import AttentionPlan, QuantSpec, metrics, policies, save_plan
 from paro_jax.demo import data, model, pictures
 from paro_jax.models import samplers, weights
 
@@ -108,17 +110,17 @@ class Capture:
         return len(self.samples)
 
 
+def bucket_edges(steps: int) -> tuple[float, ...]:
+    """`BUCKETS`, or a single bucket where there are too few steps to fill them."""
+    return BUCKETS if steps >= 4 else (0.0, 1.0)
+
+
 def capture_steps(steps: int, buckets: Sequence[float] = BUCKETS) -> list[int]:
     """One step in the middle of every bucket, and a second where the bucket is long: what calibration looks at."""
-    edges = [round(e * steps) for e in buckets]
-    at = {(a + b) // 2 for a, b in zip(edges, edges[1:], strict=False)}
-    return sorted(at | {(a + 3 * b) // 4 for a, b in zip(edges, edges[1:], strict=False) if b - a > steps / 3})
-
-
-def demo_samples(*, prompts: int = 2, steps: int = STEPS, tick=None) -> Capture:
-    """Calibration samples of the demo model (`paro calibrate --model demo`): `prompts` scenes of its own."""
-    scenes = [data.random_scene(CALIBRATION_SEED + i) for i in range(prompts)]
-    return Capture(load_model(), scenes, steps, capture_steps(steps), tick)
+    # The first step of a bucket, as `plan.at_step` counts: exact, in fractions.
+    edges = [math.ceil(Fraction(e).limit_denominator(10**6) * steps) for e in buckets]
+    long = [(a + 3 * b) // 4 for a, b in zip(edges, edges[1:], strict=False) if b - a > steps / 3]
+    return sorted({(a + b) // 2 for a, b in zip(edges, edges[1:], strict=False)} | set(long))
 
 
 def run_demo(
@@ -148,29 +150,28 @@ def run_demo(
     net = load_model()
 
     videos = prompts * (1 + len(densities) * (len(WIDTHS) + 2))
-    bar = tqdm(
-        total=videos + 1 + prompts + 2 * len(densities), disable=not progress, desc="demo", unit="job", leave=False
-    )
+    bar = tqdm(total=videos + 4, disable=not progress, desc="demo", unit="job", leave=False)
 
     def tick(what: str) -> None:
         bar.set_description(what)
         bar.update()
 
-    at = capture_steps(steps)
+    edges = bucket_edges(steps)
+    at = capture_steps(steps, edges)
     calibration = Capture(net, [data.random_scene(CALIBRATION_SEED)], steps, at, lambda: tick("capture"))
-    heldout = Capture(net, scenes, steps, at, lambda: tick("capture held-out"))
+    heldout = Capture(net, scenes[:1], steps, at, lambda: tick("capture held-out"))
 
-    plans: dict[tuple[str, float], AttentionPlan] = {}
-    reports = {}
+    make = functools.partial(
+        calibrate.make_plans, calibration, grid, densities=densities, block=BLOCK, bucket_edges=edges, progress=False
+    )
+    made_plans = {"PARO": make(heldout=heldout), "no reorder": make(orders=grid.orders[:1])}
+    plans = {(m, d): plan for m, all_ in made_plans.items() for d, (plan, _) in zip(densities, all_, strict=True)}
     for density in densities:
-        make = functools.partial(
-            calibrate.make_plan, calibration, grid, density=density, block=BLOCK, bucket_edges=BUCKETS, progress=False
-        )
-        plans["PARO", density], reports[density] = make(heldout=heldout)
-        tick(f"calibrate {density:.0%}")
-        plans["no reorder", density], _ = make(orders=grid.orders[:1])
         plans["window", density] = window_plan(plans["PARO", density], density)
-        tick(f"calibrate {density:.0%}")
+    tick("calibrate")
+
+    retained = {key: retained_mass(plan, heldout, steps) for key, plan in plans.items()}
+    tick("retained mass")
 
     generate = Generator(net, steps)
     dense = []
@@ -190,8 +191,7 @@ def run_demo(
             results.append(generate(scene, plan))
             tick(f"{method} {density:.0%} {width}")
         made[method, density, width] = results
-        kept = calibrate.retained_mass(plan, heldout)
-        rows.append(_row(method, float(plan.density), width, kept, dense, results))
+        rows.append(_row(method, float(plan.density), width, retained[method, density], dense, results))
     bar.close()
 
     rows.sort(
@@ -210,13 +210,16 @@ def run_demo(
         "grid": list(grid.shape),
         "text": grid.text,
         "block": list(BLOCK),
-        "buckets": list(BUCKETS),
+        "buckets": list(edges),
         "orders": {f"{density:.0%}": _orders(plans["PARO", density]) for density in densities},
         "versions": {"jax": jax.__version__, "device": jax.devices()[0].device_kind},
     }
     (out / "report.json").write_text(json.dumps(report, indent=1))
     main = densities[len(densities) // 2]
     pictures.attention(out / "attention.png", plans["PARO", main], heldout)
+    made_plans["PARO"][densities.index(main)][1].save(out / "calibration")
+    for density in densities:
+        save_plan(plans["PARO", density], out / f"plan-{density:g}.safetensors", model="demo")
     pictures.orders(out / "orders.png", plans["PARO", main])
     pictures.blocks(out / "blocks.png", plans["PARO", main])
     pictures.frames(out / "frames.png", made, [scene.caption for scene in scenes])
@@ -231,6 +234,16 @@ def window_plan(like: AttentionPlan, density: float) -> AttentionPlan:
     keep = jnp.broadcast_to(band.keep, (*like.lead, *band.keep.shape))
     mask = dataclasses.replace(band, keep=keep)
     return AttentionPlan.build(like.grid, order=like.grid.orders[0], mask=mask, bucket_edges=like.bucket_edges)
+
+
+def retained_mass(plan: AttentionPlan, samples: Iterable[calibrate.Sample], steps: int) -> float:
+    """Attention mass inside the plan's kept blocks, over all samples and heads: 1 is all of it."""
+    kept = []
+    for sample in samples:
+        site = plan.at_step(round(sample.step * steps), steps)[sample.site]
+        mass = calibrate.block_mass(sample.q, sample.k, plan.grid, site.order_list(), plan.block)
+        kept.append(np.mean(metrics.retained_mass(mass, site.mask().keep)))
+    return float(np.mean(kept))
 
 
 def _orders(plan: AttentionPlan) -> list[list[str]]:
