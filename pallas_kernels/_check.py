@@ -1,11 +1,14 @@
 """How floor 0 says no, and the facts of each width."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 Width = Literal["bf16", "fp8", "int8", "int4"]
 FLOATS = ("float32", "bfloat16", "float16")
@@ -66,7 +69,7 @@ def require_int32(argument: str, array: Any) -> None:
 
 def require_scale(scale: Any) -> float:
     """The softmax scale as a finite Python float, or ValueError."""
-    if isinstance(scale, jax.core.Tracer):
+    if isinstance(scale, Tracer):
         raise mistake("scale", "a plain number known when the call is traced", "a traced value")
     try:
         value = float(scale)
@@ -78,8 +81,9 @@ def require_scale(scale: Any) -> float:
 
 
 def concrete(array: Any) -> np.ndarray | None:
-    """The array's values, or None while it is traced and has none."""
-    return None if isinstance(array, jax.core.Tracer) else np.asarray(array)
+    """The array's values, or None where it has none here: traced, or partly on another host."""
+    elsewhere = isinstance(array, Tracer) or not getattr(array, "is_fully_addressable", True)
+    return None if elsewhere else np.asarray(array)
 
 
 def require_slots(slots: Any, heads: int, tokens: int) -> None:
@@ -96,17 +100,17 @@ def require_slots(slots: Any, heads: int, tokens: int) -> None:
         )
 
 
-@jax.custom_vjp
-def no_gradient(tree: Any) -> Any:
-    """Identity that refuses to be differentiated: rounding has no gradient, and a silent zero would train nothing."""
-    return tree
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def no_gradient(function: Callable[..., Any], *arrays: Any) -> Any:
+    """function(*arrays), which refuses to be differentiated: rounding has no gradient, a silent zero trains nothing."""
+    return function(*arrays)
 
 
-def _no_gradient_fwd(tree: Any) -> tuple[Any, None]:
-    return tree, None
+def _no_gradient_fwd(function, *arrays):
+    return function(*arrays), None
 
 
-def _no_gradient_bwd(_, __):
+def _no_gradient_bwd(function, saved, cotangents):
     raise ValueError(
         "gradient: expected unquantised widths, got a gradient through a quantised one. "
         'Quantised widths have no gradient; use QuantSpec() (qk="bf16", pv="bf16") where you differentiate.'
@@ -121,12 +125,15 @@ def share_mesh_axes(*arrays: Any) -> tuple[Any, ...]:
 
     A loop's carry must keep one type, and it mixes all the inputs. Outside shard_map nothing happens. None passes.
     """
-    axes = frozenset().union(*(getattr(jax.typeof(a), "vma", frozenset()) for a in arrays if a is not None))
-    if not axes:
-        return arrays
+    axes = frozenset[Any]().union(*(_varying(array) for array in arrays if array is not None))
 
     def widen(array):
-        missing = tuple(sorted(axes - jax.typeof(array).vma, key=str))
+        missing = () if array is None else tuple(sorted(axes - _varying(array), key=str))
         return jax.lax.pcast(array, missing, to="varying") if missing else array
 
-    return tuple(None if a is None else widen(a) for a in arrays)
+    return tuple(widen(array) for array in arrays)
+
+
+def _varying(array: jax.Array) -> frozenset:
+    """The shard_map axes over which `array` differs from device to device."""
+    return jax.typeof(array).manual_axis_type.varying

@@ -118,13 +118,9 @@ def arrange(
     )
     backend = _choose.choose(request, BACKENDS, implementation)
     compute_mean = isinstance(mean, str)
-    values, scales, used = backend.run(
-        x, slots, norm, rope, None if compute_mean else mean,
-        role=role, width=width, group=group, block=block, compute_mean=compute_mean,
-    )  # fmt: skip
-    if scales is not None:
-        values, scales = _check.no_gradient((values, scales))
-    return values, scales, used
+    run = partial(backend.run, role=role, width=width, group=group, block=block, compute_mean=compute_mean)
+    arrays = (x, slots, norm, rope, None if compute_mean else mean)
+    return run(*arrays) if width == "bf16" else _check.no_gradient(run, *arrays)
 
 
 def _describe(value: Any) -> str:

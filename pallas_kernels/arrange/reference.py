@@ -26,8 +26,13 @@ def normed(x: jax.Array, norm) -> jax.Array:
         x = x - x.mean(axis=-1, keepdims=True)
     x = x * jax.lax.rsqrt((x * x).mean(axis=-1, keepdims=True) + norm.eps)
     if norm.scale is not None:
-        x = x * norm.scale.astype(jnp.float32)
-    return x if norm.bias is None else x + norm.bias.astype(jnp.float32)
+        x = x * _per_head(norm.scale, x)
+    return x if norm.bias is None else x + _per_head(norm.bias, x)
+
+
+def _per_head(weight: jax.Array, x: jax.Array) -> jax.Array:
+    """[D] or [H, D] as f32 [1, 1, 1 or H, D]."""
+    return weight.astype(jnp.float32).reshape(1, 1, -1, x.shape[-1])
 
 
 def rotated(x: jax.Array, rope) -> jax.Array:
@@ -89,7 +94,7 @@ def run(x, slots, norm, rope, mean, *, role, width, group, block, compute_mean):
     if compute_mean:
         mean = y.mean(axis=1)
     if mean is not None:
-        mean = jnp.broadcast_to(mean.astype(jnp.float32), (batch, heads, head_dim))
+        mean = jnp.broadcast_to(mean.astype(jnp.float32).reshape(-1, heads, head_dim), (batch, heads, head_dim))
         y = y - mean[:, None]
     by_head = [y[:, :, h] if slots is None else y[:, slots[h], h] for h in range(heads)]
     y = jnp.stack(by_head, axis=1)

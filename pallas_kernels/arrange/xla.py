@@ -34,7 +34,7 @@ def run(x, slots, norm, rope, mean, *, role, width, group, block, compute_mean):
     if compute_mean:
         mean = y.astype(jnp.float32).mean(axis=1)
     if mean is not None:
-        mean = jnp.broadcast_to(mean.astype(jnp.float32), (batch, heads, head_dim))
+        mean = jnp.broadcast_to(mean.astype(jnp.float32).reshape(-1, heads, head_dim), (batch, heads, head_dim))
     if width == "bf16":
         y = (y if mean is None else y.astype(jnp.float32) - mean[:, None]).astype(x.dtype)
         return _to_kernel(y, slots), None, mean

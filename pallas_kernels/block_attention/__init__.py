@@ -1,5 +1,6 @@
 """Attention over kept blocks: q, k, v in kernel order in, model order out."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -104,12 +105,10 @@ def block_attention(
         device=_choose.device_name(),
     )
     backend = _choose.choose(request, BACKENDS, implementation)
-    if qk != "bf16" or pv != "bf16":
-        q, k, v, q_scale, k_scale, v_scale = _check.no_gradient((q, k, v, q_scale, k_scale, v_scale))
-    o, lse = backend.run(
-        q, k, v, count, index, slots, q_scale, k_scale, v_scale,
-        block=(bq, bk), scale=scale, qk=qk, pv=pv, p_scale=p_scale, out_dtype=out_dtype,
-    )  # fmt: skip
+    options = dict(block=(bq, bk), scale=scale, qk=qk, pv=pv, p_scale=p_scale, out_dtype=out_dtype)
+    run = partial(backend.run, **options)
+    arrays = (q, k, v, count, index, slots, q_scale, k_scale, v_scale)
+    o, lse = run(*arrays) if qk == pv == "bf16" else _check.no_gradient(run, *arrays)
     return (o, lse) if return_residual else o
 
 

@@ -42,10 +42,8 @@ def quantise_p(p: jax.Array, width: str, dtype: jnp.dtype) -> jax.Array:
     return jnp.round(levels * p)
 
 
-def token_scales(scales: jax.Array | None, tokens: int, group: int) -> jax.Array | float:
-    """One scale per token from scales [B, H, tokens] or [B, H, blocks of `group` tokens]; 1 when there are none."""
-    if scales is None:
-        return 1.0
+def token_scales(scales: jax.Array, tokens: int, group: int) -> jax.Array:
+    """One scale per token from scales [B, H, tokens] or [B, H, blocks of `group` tokens]."""
     return scales if scales.shape[-1] == tokens else jnp.repeat(scales, group, axis=-1)[..., :tokens]
 
 
@@ -58,16 +56,16 @@ def run(q, k, v, count, index, slots, q_scale, k_scale, v_scale, *, block, scale
     f32 = jnp.float32
 
     # keep[h, i, j]: block (i, j) is among the first count[h, i] entries of the index.
-    listed = jnp.clip(index, 0, nk - 1)[..., None] == jnp.arange(nk)
-    keep = (listed & (jnp.arange(nk) < count[..., None])[..., None]).any(axis=2)
+    listed = jnp.clip(index, 0, nk - 1)[..., None] == jnp.arange(nk)[None, None, None]
+    keep = (listed & (jnp.arange(nk)[None, None] < count[..., None])[..., None]).any(axis=2)
     keep_rows = jnp.repeat(keep, bq, axis=1)[None, :, :nq_tokens]  # [1, H, Nq, nk]
 
     # Scores in log2 units, [B, H, Nq, nk, bk]; keys past the end and skipped blocks are -inf.
     product = jnp.einsum("bhqd,bhkd->bhqk", q.astype(f32), k.astype(f32), precision="highest")
     to_log2 = scale * math.log2(math.e)
-    row_factor = token_scales(q_scale, nq_tokens, bq) * f32(to_log2) * jnp.ones((batch, heads, nq_tokens), f32)
-    key_factor = token_scales(k_scale, nk_tokens, bk) * jnp.ones((batch, heads, nk_tokens), f32)
-    scores = jax.lax.optimization_barrier(product * (row_factor[..., :, None] * key_factor[..., None, :]))
+    q_scale = jnp.ones((batch, heads, nq_tokens), f32) if q_scale is None else token_scales(q_scale, nq_tokens, bq)
+    k_scale = jnp.ones((batch, heads, nk_tokens), f32) if k_scale is None else token_scales(k_scale, nk_tokens, bk)
+    scores = jax.lax.optimization_barrier(product * ((q_scale * f32(to_log2))[..., :, None] * k_scale[..., None, :]))
     tail = nk * bk - nk_tokens
     scores = jnp.pad(scores, ((0, 0), (0, 0), (0, 0), (0, tail)), constant_values=-jnp.inf)
     scores = scores.reshape(batch, heads, nq_tokens, nk, bk)

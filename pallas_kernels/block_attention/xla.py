@@ -92,7 +92,7 @@ def _teams(count: jax.Array, index: jax.Array, batch: int, sizes: Tiles) -> _Tea
     count = jnp.clip(count, 0, blocks).reshape(-1)
     index = jnp.clip(index, 0, blocks - 1).reshape(-1, blocks)
     # Repeating a kept block costs nothing to mask and never touches a skipped one, which may hold NaN.
-    index = jnp.where(jnp.arange(blocks) < count[:, None], index, index[:, :1])
+    index = jnp.where(jnp.arange(blocks)[None] < count[:, None], index, index[:, :1])
     index = jnp.pad(index, ((0, 0), (0, -blocks % sizes.step)), mode="edge")
     order = jnp.argsort(-jnp.tile(count, batch), stable=True).astype(jnp.int32)
     place = jnp.zeros_like(order).at[order].set(jnp.arange(total, dtype=jnp.int32))
@@ -119,7 +119,12 @@ def _kept_blocks(i: jax.Array, kept: jax.Array, counts: jax.Array, step: int) ->
     """Step i of a team: (kept blocks int32 [T, step], whether each is within its row's count)."""
     entry = i * step + jnp.arange(step, dtype=jnp.int32)
     chosen = jax.lax.dynamic_slice(kept, (0, i * step), (kept.shape[0], step))
-    return chosen, entry < counts[:, None]
+    return chosen, entry[None] < counts[:, None]
+
+
+def _tokens(chosen: jax.Array, block: int) -> jax.Array:
+    """The tokens of blocks [T, step] -> [T, step, block]."""
+    return chosen[:, :, None] * block + jnp.arange(block, dtype=jnp.int32)[None, None]
 
 
 def _steps(counts: jax.Array, step: int) -> jax.Array:
@@ -171,7 +176,7 @@ def _forward(spec: Spec, q, k, v, count, index, slots, q_scale=None, k_scale=Non
 
     q_blocks, k_blocks, v_blocks = _blocks(q, bq), _blocks(k, bk), _blocks(v, bk)
     row_factor = key_factor = None
-    if q_scale is not None:
+    if q_scale is not None and k_scale is not None:
         row_factor = _blocks(token_scales(q_scale, q_tokens, bq) * f32(to_log2), bq)
         key_factor = _blocks(token_scales(k_scale, kv_tokens, bk), bk)
     v_factor = None if v_scale is None or v_scale.shape[2] == 1 else v_scale.reshape(-1, 1, head_dim)
@@ -191,13 +196,12 @@ def _forward(spec: Spec, q, k, v, count, index, slots, q_scale=None, k_scale=Non
             where = head[:, None] * nk + chosen
             k_step = k_blocks[where].astype(qk_dtype).reshape(team, step * bk, head_dim)
             s = _matmul(q_team, k_step, (2, 2))  # [T, bq, step * bk]
-            if row_factor is not None:
+            if row_factor is not None and key_factor is not None:
                 factor = row_factor[rows][:, :, None] * key_factor[where].reshape(team, 1, step * bk)
                 s = jax.lax.optimization_barrier(s * factor)
             elif not prescaled:
                 s = s * to_log2
-            key = chosen[:, :, None] * bk + jnp.arange(bk, dtype=jnp.int32)
-            live = live[:, :, None] & (key < kv_tokens)
+            live = live[:, :, None] & (_tokens(chosen, bk) < kv_tokens)
             s = jnp.where(live.reshape(team, 1, step * bk), s, -jnp.inf)
             v_step = v_blocks[where].astype(pv_dtype)
             if not quantise:
@@ -293,7 +297,7 @@ def _attend_bwd(spec, saved, cotangents):
         def one_step(i, dq):
             chosen, live = _kept_blocks(i, kept, counts, sizes.step)
             k_step, v_step = (_flat(x[head[:, None] * nk + chosen]) for x in keys)
-            live = live[:, :, None] & (chosen[:, :, None] * bk + jnp.arange(bk, dtype=jnp.int32) < k.shape[2])
+            live = live[:, :, None] & (_tokens(chosen, bk) < k.shape[2])
             _, ds = _score_gradient(spec, q_team, do_team, sum_team, offset_team, k_step, v_step, _flat(live)[:, None])
             return dq + _matmul(ds, k_step.astype(f32), (2, 1))
 
@@ -338,7 +342,7 @@ def _score_gradient(spec: Spec, q, do, log2_sum, offset, k, v, live) -> tuple[ja
 def _transposed(count: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The schedule by key block: count [H, nk], index [H, nk, nq] of the query blocks that keep it."""
     heads, rows, blocks = index.shape
-    used = jnp.arange(blocks) < jnp.clip(count, 0, blocks)[:, :, None]
+    used = jnp.arange(blocks)[None, None] < jnp.clip(count, 0, blocks)[:, :, None]
     head, row = jnp.arange(heads)[:, None, None], jnp.arange(rows)[None, :, None]
     # An unused entry writes out of range, where it is dropped.
     keep = jnp.zeros((heads, blocks, rows), bool)
