@@ -1,7 +1,8 @@
 """What calibration decided: one order and one block mask per head, as an ordinary pytree."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 from jax.core import Tracer
 
 from paro_jax._grid import TokenGrid, check_block, is_int
@@ -206,6 +208,25 @@ class AttentionPlan:
             f"AttentionPlan(order={shape}, grid={self.grid}, block={self.block}, quant={self.quant}, "
             f"bucket_edges={self.bucket_edges}, k_mean={'no' if self.k_mean is None else 'yes'})"
         )
+
+
+def _static_to_json(static: tuple[Any, ...]) -> bytes:
+    grid, block, names, quant, edges = static
+    return json.dumps([asdict(grid), block, names, asdict(quant), edges]).encode()
+
+
+def _static_from_json(data: bytes | bytearray) -> tuple[Any, ...]:
+    grid, block, names, quant, edges = json.loads(bytes(data))
+    return TokenGrid(**grid), tuple(block), tuple(names), QuantSpec(**quant), tuple(edges)
+
+
+# An exported function that takes a plan can be written to disk and read where paro_jax is imported.
+export.register_pytree_node_serialization(
+    AttentionPlan,
+    serialized_name="paro_jax.AttentionPlan",
+    serialize_auxdata=_static_to_json,
+    deserialize_auxdata=_static_from_json,
+)
 
 
 def _fraction(edge: float) -> Fraction:

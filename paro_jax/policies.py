@@ -6,6 +6,7 @@ mask to attention, `plan.mask() & policy(...)` both.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -59,11 +60,12 @@ def top_blocks(mass: Any, density: float, always: Any = None, *, block: Block = 
     budget = _budget(density, always)
 
     # Three classes, then the mass: what is forced, the best of each row that has nothing forced, everything else.
-    best = jnp.argmax(mass, axis=-1, keepdims=True) == jnp.arange(nk)
-    needed = best & ~jnp.asarray(always.any(-1, keepdims=True))
-    rank = jnp.where(jnp.asarray(always), 0, jnp.where(needed, 1, 2))
+    column = jax.lax.broadcasted_iota(jnp.int32, mass.shape, mass.ndim - 1)
+    best = jnp.argmax(mass, axis=-1, keepdims=True).astype(jnp.int32) == column
+    forced, has_forced = (np.broadcast_to(x, mass.shape) for x in (always, always.any(-1, keepdims=True)))
+    rank = jnp.where(forced, 0, jnp.where(best & ~has_forced, 1, 2))
     flat = (*mass.shape[:-2], nq * nk)
-    position = jnp.lexsort((-mass.reshape(flat), jnp.broadcast_to(rank, mass.shape).reshape(flat)), axis=-1)
+    position = jnp.lexsort((-mass.reshape(flat), rank.reshape(flat)), axis=-1)
     keep = jnp.zeros(flat, bool)
     keep = jnp.put_along_axis(keep, position[..., :budget], True, axis=-1, inplace=False)
     return BlockMask(keep.reshape(mass.shape), block)

@@ -1,0 +1,39 @@
+"""What every test runs under: strict modes, and a few fixtures.
+
+Warnings are errors (pyproject.toml), ranks never broadcast by accident (`jax_numpy_rank_promotion`), and hypothesis
+draws the same examples on every machine. The shape checks of jaxtyping are not hooked in: our pytrees hold
+placeholders while JAX flattens them, which the hook takes for wrong arrays, and public functions check shapes
+themselves, with better words.
+"""
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile("paro", deadline=None, derandomize=True, database=None, print_blob=False)
+hypothesis.settings.load_profile("paro")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Random numbers, the same in every run."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def says():
+    """`with says("argument", "expected", "found"):` the block raises ValueError and its message has all these words."""
+    from contextlib import contextmanager
+
+    @contextmanager
+    def check(*words: object, error: type[Exception] = ValueError):
+        with pytest.raises(error) as caught:
+            yield
+        message = str(caught.value)
+        missing = [str(word) for word in words if str(word) not in message]
+        assert not missing, f"the message lacks {missing}: {message}"
+
+    return check
