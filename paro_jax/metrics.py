@@ -143,7 +143,8 @@ def incoherence(x, *, group: Sequence[int] | None = None) -> jax.Array:
     peak = jnp.max(tiles, axis=(-3, -1))
     # Relative to the peak before summing, so that a group of tiny numbers does not vanish in f32.
     tiles = tiles / jnp.where(peak == 0, 1, peak)[..., :, None, :, None]
-    mean = jnp.sum(tiles, axis=(-3, -1)) / (height[:, None] * width[None, :]).astype(np.float32)
+    elements = np.broadcast_to(np.outer(height, width).astype(np.float32), peak.shape)
+    mean = jnp.sum(tiles, axis=(-3, -1)) / elements
     return jnp.where(peak == 0, 1.0, 1.0 / mean)
 
 

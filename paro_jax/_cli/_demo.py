@@ -37,6 +37,5 @@ def run(args: argparse.Namespace) -> int:
         print(_show.dumps(report))
         return 0
     _show.table("paro demo: each row against the dense video from the same noise", report["rows"], _COLUMNS)
-    written = sorted(path.name for path in args.out.iterdir() if path.suffix in (".json", ".png", ".safetensors"))
-    print(f"in {args.out}: {', '.join(written)}")
+    print(f"in {args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
     return 0
