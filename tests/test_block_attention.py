@@ -209,13 +209,17 @@ def test_nan_in_a_kept_block_is_not_hidden():
     v = problem.qkv[2].at[:, :, 70].set(jnp.nan)
     for implementation in IMPLEMENTATIONS:
         assert np.isnan(problem.solve(implementation, v=v)[0]).all()
+        q = problem.qkv[0].at[:, :, 70].set(jnp.nan)
+        o, lse = problem.solve(implementation, q=q, slots=None)
+        for result in (np.isnan(o).all(axis=-1), np.isnan(lse)):
+            np.testing.assert_array_equal(result, np.arange(200)[None, :, None].repeat(2, 2) == 70)
 
 
 # ---- the hazards of quantisation ------------------------------------------------------------------------------------
 
 
 def test_small_tail_survives_under_the_block_rule():
-    """One key at p = 1 and 17549 at 0.0039 that own 98.6 % of the row: each is below 1/254 and a static scale drops them."""
+    """One key at p = 1, 17549 at 0.0039 that own 98.6 % of the row: below 1/254, so a static scale drops them."""
     tokens, dim = 17550, 32
     q = jnp.zeros((1, 1, 1, dim)).at[..., 0].set(1.0)
     k = jnp.zeros((1, 1, tokens, dim)).at[..., 0].set(math.log(0.0039)).at[:, :, 0, 0].set(0.0)
@@ -490,7 +494,8 @@ def loss_alone(*arrays):
     o, lse = call(*arrays)
     return (o ** 2).sum() + lse.sum()
 
-sharded = jax.shard_map(call, mesh=mesh, in_specs=(token, token, token, head, head, head), out_specs=P("batch", None, "heads"))
+in_specs = (token, token, token, head, head, head)
+sharded = jax.shard_map(call, mesh=mesh, in_specs=in_specs, out_specs=P("batch", None, "heads"))
 arrays = (*problem.qkv, count, index, problem.slots)
 for a, b in zip(jax.jit(sharded)(*arrays), call(*arrays)):
     np.testing.assert_allclose(a, b, atol=1e-5)
@@ -567,13 +572,13 @@ _INT8 = Problem(qk="int8", pv="int8", mask="random", permuted=False)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (_changed(q=_q((2, 200, 32))), r"q: expected shape \[batch, heads, query tokens, head_dim\].*got shape \[2, 200, 32\]"),
+        (_changed(q=_q((2, 200, 32))), r"q: expected shape \[batch, heads, .* = \[any.*got shape \[2, 200, 32\]"),
         (_changed(k=_q((1, 3, 200, 32))), r"k: expected shape .* = \[1, 2, any, 32\], got shape \[1, 3, 200, 32\]"),
         (_changed(k=_q((1, 2, 200, 64))), r"k: expected shape .* = \[1, 2, any, 32\], got shape \[1, 2, 200, 64\]"),
         (_changed(v=_q((1, 2, 199, 32))), r"v: expected shape .* = \[1, 2, 200, 32\], got shape \[1, 2, 199, 32\]"),
         (_changed(q=_q((1, 2, 0, 32))), r"q, k: expected at least one .* token"),
         (_changed(q=_q((1, 2, 200, 32), jnp.int8)), r"q: expected float32, .* at width 'bf16', got int8"),
-        (_changed(v=_q((1, 2, 200, 32), jnp.bfloat16)), r"q and k and v: expected one dtype .*got float32, float32, bfloat16"),
+        (_changed(v=_q((1, 2, 200, 32), jnp.bfloat16)), r"q and k and v: expected one dtype .*, bfloat16"),
         (_changed(qk="int8"), r"q: expected int8 at width 'int8', got float32.*arrange"),
         (_changed(qk="int3"), r"qk: expected one of 'bf16', 'fp8', 'int8', 'int4', got 'int3'"),
         (_changed(p_scale="row"), r"p_scale: expected 'block' or 'running', got 'row'"),
@@ -598,10 +603,10 @@ _INT8 = Problem(qk="int8", pv="int8", mask="random", permuted=False)
         (_changed(slots=_q((2, 200), jnp.int32)), r"slots: expected a permutation of 0..199 in every head, got"),
         (_changed(q_scale=_q((1, 2, 4))), r"q_scale: expected None at qk='bf16', got an array of shape \[1, 2, 4\]"),
         (lambda: _INT8.solve("xla", k_scale=None), r"k_scale: expected scales at qk='int8', got None"),
-        (lambda: _INT8.solve("xla", v_scale=_q((1, 2, 2, 32))), r"v_scale: expected shape .*\[1, 2, 4, 32\], got shape \[1, 2, 2, 32\]"),
-        (lambda: _INT8.solve("xla", q_scale=_q((1, 2, 4), jnp.bfloat16)), r"q_scale: expected dtype float32, got dtype bfloat16"),
+        (lambda: _INT8.solve("xla", v_scale=_q((1, 2, 2, 32))), r"v_scale: expected .*\[1, 2, 4, 32\], got shape \[1, 2, 2, 32\]"),
+        (lambda: _INT8.solve("xla", q_scale=_q((1, 2, 4), jnp.bfloat16)), r"q_scale: expected dtype float32, got .*bfloat16"),
         (lambda: _FINE.solve("hoper"), r"implementation: expected None or one of 'xla', 'reference', got 'hoper'"),
-        (lambda: jax.jit(lambda s: _FINE.solve("xla", scale=s))(0.1), r"scale: expected a plain number .*got a traced value"),
+        (lambda: jax.jit(lambda s: _FINE.solve(scale=s))(0.1), r"scale: expected a plain number .*got a traced value"),
     ],
 )  # fmt: skip
 def test_a_mistake_names_the_argument_the_expected_and_the_found(call, message):

@@ -42,31 +42,23 @@ def rotated(x: jax.Array, rope) -> jax.Array:
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
 
 
-def quantised(x: jax.Array, width: str, group: str, block: int) -> tuple[jax.Array, jax.Array]:
+def quantised(x: jax.Array, role: str, width: str, group: str, block: int) -> tuple[jax.Array, jax.Array]:
     """x f32 [B, H, N, D] -> (values at `width`, scales); see arrange for the shapes of scales."""
     batch, heads, tokens, head_dim = x.shape
-    facts = WIDTHS[width]
-    blocks = -(-tokens // block)
-    padded = jnp.pad(jnp.abs(x), ((0, 0), (0, 0), (0, blocks * block - tokens), (0, 0)))
-    by_block = padded.reshape(batch, heads, blocks, block, head_dim)
     if group == "row":
-        amax = jnp.abs(x).max(axis=-1)
+        amax = _amax(x, 3)
     elif group == "channel":
-        amax = jnp.abs(x).max(axis=2, keepdims=True)
-    else:  # "block" of q, k: over its tokens and channels; of v (below): over its tokens
-        amax = by_block.max(axis=(3, 4))
-    scales = jnp.maximum(amax, 1e-7) / facts.qmax
-    return round_to(x, spread(scales, tokens, block), width), scales
-
-
-def quantised_by_block_and_channel(x: jax.Array, width: str, block: int) -> tuple[jax.Array, jax.Array]:
-    """V's "block" group: one scale per block of tokens and channel, [B, H, blocks, D]."""
-    batch, heads, tokens, head_dim = x.shape
-    blocks = -(-tokens // block)
-    padded = jnp.pad(jnp.abs(x), ((0, 0), (0, 0), (0, blocks * block - tokens), (0, 0)))
-    amax = padded.reshape(batch, heads, blocks, block, head_dim).max(axis=3)
+        amax = _amax(x, 2)[:, :, None]
+    else:  # over a block's tokens; of q and k over their channels too
+        padded = jnp.pad(x, ((0, 0), (0, 0), (0, -tokens % block), (0, 0)))
+        amax = _amax(padded.reshape(batch, heads, -1, block, head_dim), 3 if role == "v" else (3, 4))
     scales = jnp.maximum(amax, 1e-7) / WIDTHS[width].qmax
     return round_to(x, spread(scales, tokens, block), width), scales
+
+
+def _amax(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
+    """max |x|, NaN where there is one: XLA's own max loses it on a CPU (4096 elements and more, jax 0.11 and 0.12)."""
+    return jnp.where(jnp.isnan(x).any(axis=axis), jnp.nan, jnp.abs(x).max(axis=axis))
 
 
 def spread(scales: jax.Array, tokens: int, block: int) -> jax.Array:
@@ -100,8 +92,4 @@ def run(x, slots, norm, rope, mean, *, role, width, group, block, compute_mean):
     y = jnp.stack(by_head, axis=1)
     if width == "bf16":
         return y.astype(x.dtype), None, mean
-    if role == "v" and group == "block":
-        values, scales = quantised_by_block_and_channel(y, width, block)
-    else:
-        values, scales = quantised(y, width, group, block)
-    return values, scales, mean
+    return *quantised(y, role, width, group, block), mean

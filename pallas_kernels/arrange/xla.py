@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels import _permute
 from pallas_kernels._check import FLOATS
 from pallas_kernels._choose import ALL_WIDTHS, Request, widths_served
-from pallas_kernels.arrange.reference import normed, quantised, quantised_by_block_and_channel, rotated
+from pallas_kernels.arrange.reference import normed, quantised, rotated
 
 
 def why_not(request: Request) -> str | None:
@@ -41,9 +41,7 @@ def run(x, slots, norm, rope, mean, *, role, width, group, block, compute_mean):
     y = _to_kernel(y, slots).astype(jnp.float32)
     if mean is not None:
         y = y - mean[:, :, None]
-    if role == "v" and group == "block":
-        return *quantised_by_block_and_channel(y, width, block), mean
-    return *quantised(y, width, group, block), mean
+    return *quantised(y, role, width, group, block), mean
 
 
 def _to_kernel(x: jax.Array, slots: jax.Array | None) -> jax.Array:

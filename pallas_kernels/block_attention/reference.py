@@ -82,7 +82,7 @@ def run(q, k, v, count, index, slots, q_scale, k_scale, v_scale, *, block, scale
         reference_max = jnp.where(keep_rows, reference_max, 0.0)
     weight = jnp.where(keep_rows, jnp.exp2(reference_max - row_max), 0.0)  # re-weights a block to the row's maximum
 
-    kept = jnp.isfinite(scores)
+    kept = scores != -jnp.inf  # NaN stays NaN
     p = jnp.where(kept, jnp.exp2(jnp.where(kept, scores, 0.0) - reference_max[..., None]), 0.0)
     p = quantise_p(p, pv, v.dtype)
 
@@ -94,7 +94,7 @@ def run(q, k, v, count, index, slots, q_scale, k_scale, v_scale, *, block, scale
     total = jnp.where(keep_rows[..., None], weight[..., None] * partial_sums, 0.0).sum(axis=3)
     row_sum = (weight * p.sum(axis=-1)).sum(axis=-1)
 
-    some = row_sum > 0
+    some = row_sum != 0
     safe_sum = jnp.where(some, row_sum, 1.0)
     o = jnp.where(some[..., None], total / safe_sum[..., None], 0.0)
     levels = WIDTHS[pv].p_levels

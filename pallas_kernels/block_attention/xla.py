@@ -230,7 +230,7 @@ def _forward(spec: Spec, q, k, v, count, index, slots, q_scale=None, k_scale=Non
         start = (jnp.full((team, bq), _LOWEST, f32), jnp.zeros((team, bq), f32), jnp.zeros((team, bq, head_dim), f32))
         start = _like(start, q_team)
         top, row_sum, acc = jax.lax.fori_loop(0, _steps(counts, step), one_step, start)
-        some = (counts > 0)[:, None] & (row_sum > 0)
+        some = (counts > 0)[:, None] & (row_sum != 0)  # NaN stays NaN
         row_sum = jnp.where(some, row_sum, 1.0)
         o = jnp.where(some[..., None], acc / row_sum[..., None], 0.0)
         return None, (o, jnp.where(some, math.log(2) * (top + jnp.log2(row_sum / levels)), -jnp.inf))
