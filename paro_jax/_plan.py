@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -196,8 +197,7 @@ class AttentionPlan:
                 f"at_step needs a leading axis of {buckets} buckets (bucket_edges {self.bucket_edges}); this plan has "
                 f"leading axes {self.lead}. Call it before the bucket axis is peeled or sliced."
             )
-        # First step of each later bucket: the smallest s with s / total_steps >= edge.
-        starts = [-((-total_steps * f.numerator) // f.denominator) for f in map(_fraction, self.bucket_edges[1:-1])]
+        starts = _bucket_starts(self.bucket_edges, int(total_steps))
         if is_int(step):
             return self[sum(int(step) >= start for start in starts)]
         return self[jnp.sum(step.astype(jnp.int32) >= jnp.asarray(starts, jnp.int32))]
@@ -229,9 +229,15 @@ export.register_pytree_node_serialization(
 )
 
 
-def _fraction(edge: float) -> Fraction:
+@lru_cache(maxsize=256)
+def _fractions(edges: tuple[float, ...]) -> tuple[Fraction, ...]:
     # 0.3 is not three tenths in binary; the nearest fraction with a small denominator is what the author meant.
-    return Fraction(edge).limit_denominator(10**6)
+    return tuple(Fraction(edge).limit_denominator(10**6) for edge in edges)
+
+
+def _bucket_starts(edges: tuple[float, ...], total_steps: int) -> list[int]:
+    """First step of each bucket but the first: the smallest s with s / total_steps >= edge."""
+    return [-((-total_steps * f.numerator) // f.denominator) for f in _fractions(edges)[1:-1]]
 
 
 def _check_type(name: str, value: object, kind: type) -> None:
