@@ -18,7 +18,15 @@ from jax import Array
 
 import paro_jax
 from paro_jax import AttentionPlan, Rope, TokenGrid
-from paro_jax.models.layers import axis_rope, check_video, head_norm, head_weights, patchify, rotate, timestep_embedding
+from paro_jax.models.layers import (
+    axis_rope,
+    check_latents,
+    head_norm,
+    head_weights,
+    patchify,
+    rotate,
+    timestep_embedding,
+)
 from paro_jax.models.weights import Rows
 
 POSITIONS = ("rope", "rope_slice", "sincos")
@@ -255,7 +263,7 @@ class CogVideoX(nnx.Module):
         after norm and rotation, as attention sees them. `remat` recomputes blocks in the backward pass.
         """
         config, (f, p, _) = self.config, self.config.patch
-        check_video(latents.shape, "B F C H W", config.in_channels, config.patch)
+        check_latents(latents.shape, "B F C H W", config.in_channels, config.patch)
         batch, frames, _, height, width = latents.shape
         grid = (frames // f, height // p, width // p)
         time = timestep_embedding(timestep, config.dim).astype(latents.dtype)

@@ -93,14 +93,15 @@ def patchify(video: Array, patch: tuple[int, int, int]) -> Array:
     return x.transpose(0, 1, 4, 6, 3, 2, 5, 7).reshape(batch, -1, channels * f * h * w)
 
 
-def check_video(shape: tuple[int, ...], axes: str, channels: int, patch: tuple[int, int, int]) -> None:
-    """ValueError unless a latent video, axes named as in "B F C H W", has the model's channels and whole patches."""
+def check_latents(shape: tuple[int, ...], axes: str, channels: int, patch: tuple[int, int, int]) -> None:
+    """ValueError unless latents, axes named as in "B F C H W", have the model's channels and whole patches."""
     names = axes.split()
-    fits = len(shape) == len(names) and shape[names.index("C")] == channels
-    if not fits or any(shape[names.index(axis)] % size for axis, size in zip("FHW", patch, strict=True)):
+    sizes = dict(zip(names, shape, strict=False))
+    whole = all(sizes.get(axis, 0) % size == 0 for axis, size in zip("FHW", patch, strict=True))
+    if len(shape) != len(names) or sizes["C"] != channels or not whole:
         wanted = ", ".join(str(channels) if name == "C" else name for name in names)
         frames = f"F a multiple of {patch[0]}, " if patch[0] > 1 else ""
         raise ValueError(
             f"latents: expected [{wanted}] with {frames}H and W multiples of {patch[1]}, found {shape}; check the "
-            "latent channels and pad the video to whole patches."
+            "latent channels and pad to whole patches."
         )

@@ -21,7 +21,7 @@ import paro_jax
 from paro_jax import AttentionPlan, Rope, TokenGrid
 from paro_jax.models.layers import (
     axis_rope,
-    check_video,
+    check_latents,
     head_weights,
     layer_norm,
     patchify,
@@ -207,7 +207,7 @@ class Wan(nnx.Module):
         of self-attention after norm and rotation. `remat` recomputes blocks in the backward pass.
         """
         config = self.config
-        check_video(latents.shape, "B C F H W", config.in_channels, config.patch)
+        check_latents(latents.shape, "B C F H W", config.in_channels, config.patch)
         batch, _, *sizes = latents.shape
         grid = tuple(n // p for n, p in zip(sizes, config.patch, strict=True))
         rope = rope_3d(grid, config.head_dim, config.rope_theta)

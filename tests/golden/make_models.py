@@ -17,6 +17,7 @@ import torch
 from diffusers import (
     CogVideoXDDIMScheduler,
     CogVideoXTransformer3DModel,
+    FluxTransformer2DModel,
     WanTransformer3DModel,
 )
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
@@ -136,6 +137,93 @@ def wan(name: str, timestep: torch.Tensor) -> None:
     write(name, model, inputs, output, WAN)
 
 
+FLUX = dict(
+    in_channels=12,
+    num_layers=2,
+    num_single_layers=2,
+    attention_head_dim=16,
+    num_attention_heads=2,
+    joint_attention_dim=20,
+    pooled_projection_dim=24,
+    axes_dims_rope=(4, 6, 6),
+)
+
+
+def flux_inputs(guided: bool) -> dict[str, torch.Tensor]:
+    inputs = {"latents": normal(2, 3, 16, 12, seed=1), "timestep": torch.tensor([0.987, 0.041])}
+    inputs |= {"text": normal(2, 10, 20, seed=2), "pooled": normal(2, 24, seed=3)}
+    return inputs | ({"guidance": torch.tensor([3.5, 1.25])} if guided else {})
+
+
+def pack(x: torch.Tensor) -> torch.Tensor:
+    """[B, C, H, W] -> [B, H/2 * W/2, C * 4], as the pipeline does."""
+    b, c, h, w = x.shape
+    return x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, c * 4)
+
+
+def unpack(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    x = x.view(len(x), height // 2, width // 2, -1, 2, 2)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(len(x), -1, height, width)
+
+
+def image_ids(height: int, width: int) -> torch.Tensor:
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).float()
+
+
+def flux(name: str, guided: bool) -> None:
+    model = randomise(FluxTransformer2DModel(**FLUX, guidance_embeds=guided))
+    inputs = flux_inputs(guided)
+    with torch.no_grad():
+        output = model(
+            hidden_states=pack(inputs["latents"]),
+            encoder_hidden_states=inputs["text"],
+            pooled_projections=inputs["pooled"],
+            timestep=inputs["timestep"],
+            guidance=inputs.get("guidance"),
+            img_ids=image_ids(8, 6),
+            txt_ids=torch.zeros(10, 3),
+            return_dict=False,
+        )[0]
+    write(name, model, inputs, unpack(output, 16, 12), FLUX | {"guidance_embeds": guided})
+
+
+def authors_flux(**options):
+    """FLUX as its authors wrote it; wants einops, and src/ of github.com/black-forest-labs/flux on PYTHONPATH."""
+    from flux.model import Flux, FluxParams
+
+    return Flux(FluxParams(theta=10000, mlp_ratio=4.0, qkv_bias=True, guidance_embed=True, **options))
+
+
+def flux_bfl() -> None:
+    model = authors_flux(
+        in_channels=12,
+        out_channels=12,
+        vec_in_dim=24,
+        context_in_dim=20,
+        hidden_size=32,
+        num_heads=2,
+        depth=2,
+        depth_single_blocks=2,
+        axes_dim=[4, 6, 6],
+    )
+    for parameter_name, p in randomise(model).named_parameters():
+        if parameter_name.endswith("norm.scale"):
+            p.data += 1.0
+    inputs = flux_inputs(guided=True)
+    with torch.no_grad():
+        output = model(
+            img=pack(inputs["latents"]),
+            img_ids=image_ids(8, 6).expand(2, -1, -1),
+            txt=inputs["text"],
+            txt_ids=torch.zeros(2, 10, 3),
+            timesteps=inputs["timestep"],
+            y=inputs["pooled"],
+            guidance=inputs["guidance"],
+        )
+    write("flux_dev_bfl", model, inputs, unpack(output, 16, 12), {"hidden_size": 32})
+
+
 def ddim() -> None:
     """Whole runs of CogVideoX's DDIM with a model that can be written in one line."""
     tensors = {"noise": normal(2, 3, 4, seed=3)}
@@ -168,6 +256,24 @@ FIXTURES = {
     ),
     "cogvideox_keys": lambda: keys("cogvideox_5b", lambda: CogVideoXTransformer3DModel(**COGVIDEOX_5B)),
     "ddim": ddim,
+    "flux_dev": lambda: flux("flux_dev", guided=True),
+    "flux_schnell": lambda: flux("flux_schnell", guided=False),
+    "flux_keys": lambda: keys("flux_dev", lambda: FluxTransformer2DModel(guidance_embeds=True)),
+    "flux_bfl": flux_bfl,
+    "flux_bfl_keys": lambda: keys(
+        "flux_dev_bfl",
+        lambda: authors_flux(
+            in_channels=64,
+            out_channels=64,
+            vec_in_dim=768,
+            context_in_dim=4096,
+            hidden_size=3072,
+            num_heads=24,
+            depth=19,
+            depth_single_blocks=38,
+            axes_dim=[16, 56, 56],
+        ),
+    ),
     "wan": lambda: wan("wan", torch.tensor([987.0, 41.0])),
     "wan_per_token": lambda: wan("wan_per_token", (normal(2, 72, seed=4).abs() * 300).round()),
     "wan_keys": lambda: keys("wan_14b", WanTransformer3DModel),
