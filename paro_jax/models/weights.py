@@ -84,6 +84,8 @@ class Rows:
 
 Names = Mapping[str, "str | Rows"]  # our module (or bare parameter) -> theirs; "{}" stands for the number of the layer
 
+_READ = ("F64", "F32", "F16", "BF16")  # a file of fp8 or integers needs its scales: we do not guess them
+
 _THEIR_LEAF = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
@@ -163,18 +165,25 @@ def from_diffusers[M: nnx.Module](
     Each parameter is read and cast to `dtype` once, layer by layer into its stack: no second copy of the model exists.
 
     Raises:
-      WeightsError: no such file, a shard that is absent or cut short, any missing, unexpected or mis-shaped key.
+      WeightsError: no such file; a shard that is absent or cut short; quantised tensors; any missing, unexpected,
+        repeated or mis-shaped key.
     """
     graph, _, rest = nnx.split(nnx.eval_shape(build), nnx.Param, ...)
     with contextlib.ExitStack() as stack:
-        files = {}
+        files: dict[str, Any] = {}
+        problems = []
         for file in _shards(pathlib.Path(path)):
             try:
                 opened = stack.enter_context(safe_open(os.fspath(file), framework="numpy"))
             except (SafetensorError, OSError) as e:
                 raise WeightsError(f"{file} is not a complete safetensors file ({e}); fetch it again.") from e
+            problems += [f"{key} is in two files, one of them {file.name}" for key in opened.keys() if key in files]
             files.update(dict.fromkeys(opened.keys(), opened))
-        found = {key: tuple(file.get_slice(key).get_shape()) for key, file in files.items()}
+        slices = {key: file.get_slice(key) for key, file in files.items()}
+        kinds = {key: str(part.get_dtype()) for key, part in slices.items()}
+        problems += [f"{key}: expected {_READ}, found {kind}" for key, kind in kinds.items() if kind not in _READ]
+        _raise_if(problems, path)
+        found = {key: tuple(part.get_shape()) for key, part in slices.items()}
         flat = []
         for source in sources(build, names, found, path):
             buffer = np.empty((len(source.keys), *source.piece), dtype)
