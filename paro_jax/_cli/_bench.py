@@ -63,11 +63,11 @@ def run(args: argparse.Namespace) -> int:
 
 def machine() -> dict[str, Any]:
     """What a figure was measured on: without it a figure means nothing."""
+    import importlib.metadata
     import os
     import platform
 
     import jax
-    import jaxlib
 
     return {
         "device": jax.devices()[0].device_kind,
@@ -75,7 +75,7 @@ def machine() -> dict[str, Any]:
         "processor": _processor(),
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
     }
 
 
@@ -108,10 +108,10 @@ def _invisibility(args: argparse.Namespace) -> list[Row]:
         rank = int(rng.integers(1, 4))
         shape = tuple(int(n) for n in rng.integers(1, {1: 300, 2: 17, 3: 8}[rank], rank))
         grid = paro_jax.TokenGrid(
-            shape, text=int(rng.choice([0, 1, 7, 40])), text_position=str(rng.choice(["first", "last"]))
+            shape, text=int(rng.choice([0, 1, 7, 40])), text_position="first" if rng.random() < 0.5 else "last"
         )
         batch, heads, dim = int(rng.integers(1, 3)), int(rng.integers(1, 5)), int(rng.choice([32, 64, 96, 128, 256]))
-        block = tuple(int(b) for b in rng.choice([64, 128], 2))
+        block = int(rng.choice([64, 128])), int(rng.choice([64, 128]))
         q, k, v = jax.random.normal(jax.random.key(len(errors)), (3, batch, grid.tokens, heads, dim))
         dense = jax.nn.dot_product_attention(q, k, v)
         planned = jax.jit(lambda q, k, v, plan: paro_jax.attention(q, k, v, plan=plan))

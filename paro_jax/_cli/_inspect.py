@@ -10,7 +10,7 @@ import numpy as np
 from paro_jax._cli import _show
 from paro_jax._plan import AttentionPlan
 
-_FULL_TABLE = 12  # up to this many sites each head gets a row; beyond, each site does
+_FULL_TABLE = 36  # up to this many rows, one for each head; beyond, one for each site (--json has them all)
 
 
 def add(commands: Any) -> None:
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
 
     _show.fields("", _summary(plan, keep, info, args.plan))
-    if keep.shape[1] <= _FULL_TABLE:
+    if orders.size <= _FULL_TABLE:
         _show.table("heads", _heads(keep, orders))
     else:
         _show.table("sites", _sites(keep, orders))
@@ -127,16 +127,28 @@ def picture(plan: AttentionPlan, keep: np.ndarray, orders: np.ndarray, path: Pat
     tall = min(12.0, max(2.0, 0.32 * density.shape[0] + 1))
     figure = Figure(figsize=(11, tall + 2.1 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[tall, 2.1 * rows])
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[tall, 2.1 * rows])[:, 0]
     axes = top.subplots()
-    image = axes.imshow(density, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    top_of_scale = density.max()
+    image = axes.imshow(density, vmin=0, vmax=top_of_scale, cmap="viridis", aspect="auto")
+    if density.shape[0] <= 60:
+        names = [f"{g}, {s}" if buckets > 1 else str(s) for g, s in np.ndindex(buckets, sites)]
+        axes.set_yticks(range(len(names)), names)
     axes.set(
         xlabel="head", ylabel="site" if buckets == 1 else "bucket, site", title="density of each head, and its order"
     )
     if density.size <= 400:  # beyond that the names are dust
         for (i, j), value in np.ndenumerate(density):
             name = orders.reshape(density.shape)[i, j]
-            axes.text(j, i, name, ha="center", va="center", fontsize=6, color="white" if value < 0.6 else "black")
+            axes.text(
+                j,
+                i,
+                name,
+                ha="center",
+                va="center",
+                fontsize=6,
+                color="white" if value < 0.6 * top_of_scale else "black",
+            )
     top.colorbar(image, ax=axes, label="kept blocks / all blocks")
     for axes, index in zip(bottom.subplots(rows, columns, squeeze=False).flat, shown, strict=False):
         g, s, h = np.unravel_index(index, (buckets, sites, heads))
