@@ -127,22 +127,25 @@ def run_demo(
     *,
     out: str | os.PathLike,
     quick: bool = False,
-    prompts: int = 2,
+    prompts: int | None = None,
     seed: int = 0,
     steps: int | None = None,
     progress: bool = True,
 ) -> Report:
     """The main job on real input; writes report.json, the plans and pictures to `out` and returns the report.
 
-    `prompts` held-out scenes (quick: 1, one density, half the steps) are drawn from `seed`. Report rows are averages
-    over prompts of PSNR (dB), SSIM and cosine against the dense video from the same noise, the attention mass the masks
-    keep on the dense run's own attention, and denoising seconds per video, compilation excluded.
+    `prompts` held-out scenes (default 2) are drawn from `seed`. `quick` takes one prompt, half the steps and one density,
+    where nothing else is asked for. Report rows are averages over prompts of PSNR (dB), SSIM and cosine against the
+    dense video from the same noise, the attention mass the masks keep on the dense run's own attention, and denoising
+    seconds per video, compilation excluded.
+
+    Raises ValueError for less than one prompt or step.
     """
+    prompts = prompts if prompts is not None else 1 if quick else 2
     if prompts < 1:
         raise ValueError(f"prompts: expected at least 1, found {prompts}; ask for one video or more.")
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    prompts = 1 if quick else prompts
     steps = steps or (STEPS // 2 if quick else STEPS)
     densities = (0.3,) if quick else DENSITIES
     scenes = [data.random_scene(DEMO_SEED + 1000 * seed + i) for i in range(prompts)]
