@@ -17,6 +17,7 @@ import torch
 from diffusers import (
     CogVideoXDDIMScheduler,
     CogVideoXTransformer3DModel,
+    FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
     WanTransformer3DModel,
 )
@@ -245,6 +246,28 @@ def ddim() -> None:
     save_file(tensors, FOLDER / "ddim.safetensors", metadata=versions())
 
 
+def flow_euler() -> None:
+    """Whole runs of flow-match Euler: FLUX.1-dev's shift for 300 and 4096 tokens, schnell's, and Wan's."""
+    tensors = {"noise": normal(2, 3, 4, seed=3)}
+    for name, steps, mu, shift in (
+        ("300", 28, 0.0, 1.0),
+        ("4096", 28, 1.15, 1.0),
+        ("none", 4, None, 1.0),
+        ("5", 50, None, 5.0),
+    ):
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=mu is not None, shift=shift)
+        if name == "300":  # the pipeline's calculate_shift
+            slope = (1.15 - 0.5) / (4096 - 256)
+            mu = 300 * slope + (0.5 - slope * 256)
+        scheduler.set_timesteps(sigmas=[1 + (1 / steps - 1) * i / (steps - 1) for i in range(steps)], mu=mu)
+        x = tensors["noise"]
+        for t in scheduler.timesteps:
+            flow = torch.tanh(0.7 * x + t / 1000) - 0.3 * x.roll(1, -1)
+            x = scheduler.step(flow, t, x, return_dict=False)[0]
+        tensors[name] = x
+    save_file(tensors, FOLDER / "flow_euler.safetensors", metadata=versions())
+
+
 COGVIDEOX_5B = dict(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True)
 
 FIXTURES = {
@@ -256,6 +279,7 @@ FIXTURES = {
     ),
     "cogvideox_keys": lambda: keys("cogvideox_5b", lambda: CogVideoXTransformer3DModel(**COGVIDEOX_5B)),
     "ddim": ddim,
+    "flow_euler": flow_euler,
     "flux_dev": lambda: flux("flux_dev", guided=True),
     "flux_schnell": lambda: flux("flux_schnell", guided=False),
     "flux_keys": lambda: keys("flux_dev", lambda: FluxTransformer2DModel(guidance_embeds=True)),
