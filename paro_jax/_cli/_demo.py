@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
         "pictures.",
     )
     parser.add_argument("--quick", action="store_true", help="fewer steps and rows, under 90 seconds on two cores")
-    parser.add_argument("--prompts", type=_show.positive, metavar="N", help="held-out prompts (default 2; 1 with --quick)")
+    parser.add_argument("--prompts", type=_show.positive, metavar="N", help="prompts (default 2; with --quick 1)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of prompts and noise (default 0)")
     parser.add_argument("--steps", type=_show.positive, metavar="N", help="denoising steps (default: the model's)")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="(default out/demo)")

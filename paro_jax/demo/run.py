@@ -134,7 +134,7 @@ def run_demo(
 ) -> Report:
     """The main job on real input; writes report.json, the plans and pictures to `out` and returns the report.
 
-    `prompts` held-out scenes (default 2) are drawn from `seed`. `quick` takes one prompt, half the steps and one density,
+    `prompts` held-out scenes (default 2) are drawn from `seed`. `quick` takes one prompt, half the steps, one density,
     where nothing else is asked for. Report rows are averages over prompts of PSNR (dB), SSIM and cosine against the
     dense video from the same noise, the attention mass the masks keep on the dense run's own attention, and denoising
     seconds per video, compilation excluded.
