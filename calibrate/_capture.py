@@ -114,21 +114,20 @@ def check_edges(edges: Any) -> tuple[float, ...]:
     return found
 
 
-def read(
-    samples: Samples, grid: TokenGrid, edges: Sequence[float], *, like: Checked | None = None, name: str = "samples"
-) -> Iterator[Checked]:
-    """The samples one by one, each checked; `like`: a sample whose heads and head dim all must share.
+def read(samples: Samples, grid: TokenGrid, edges: Sequence[float], *, name: str = "samples") -> Iterator[Checked]:
+    """The samples one by one, each checked.
 
     Raises ValueError, naming the sample, for anything that is not a Sample of this grid, for samples of two shapes,
     and for NaN or infinity.
     """
+    first: Checked | None = None
     for number, sample in enumerate(samples):
         checked = _check(number, sample, grid, edges, name)
-        like = checked if like is None else like
-        if checked.q.shape[2:] != like.q.shape[2:]:
+        first = checked if first is None else first
+        if checked.q.shape[2:] != first.q.shape[2:]:
             raise ValueError(
-                f"{name} must all have the same heads and head dim; {like.name} has {_shape(like.q)}, {checked.name} "
-                f"has {_shape(checked.q)}. Calibrate layers of another shape on their own."
+                f"{name} must all have the same heads and head dim; {first.name} has {_shape(first.q)}, "
+                f"{checked.name} has {_shape(checked.q)}. Calibrate layers of another shape on their own."
             )
         yield checked
 

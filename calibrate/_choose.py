@@ -61,10 +61,12 @@ def mask(share: np.ndarray, always: np.ndarray, density: float, rule: str = "glo
     heads, (nq, nk) = share.shape[:-2], share.shape[-2:]
     # Three tiers in one number: infinity is kept anyway, a row's heaviest block stands above all shares (at most 1).
     value = np.array(share, np.float32)
-    heaviest = np.argmax(np.where(always, -1, value), axis=-1)[..., None]
-    at_heaviest = np.take_along_axis(value, heaviest, -1)
-    np.put_along_axis(value, heaviest, np.where(always.any(1)[:, None], at_heaviest + 1, np.inf), -1)
-    value[..., always] = np.inf
+    for index in np.ndindex(heads):
+        one = value[index]
+        heaviest = np.argmax(np.where(always, -1, one), axis=-1)[:, None]
+        raised = np.take_along_axis(one, heaviest, -1) + np.float32(1)
+        np.put_along_axis(one, heaviest, np.where(always.any(1)[:, None], raised, np.float32(np.inf)), -1)
+        one[always] = np.inf
     if rule == "global":
         groups, budget = value.reshape(1, -1), np.array([budget_of(density, value.size)])
     elif rule == "head":

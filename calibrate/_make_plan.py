@@ -198,10 +198,9 @@ def _pass(
         return
     bar.begin(about)
     whole = True
-    number, like, sites = 0, None, set()
+    number, sites = 0, set()
     try:
         for sample in _capture.read(samples, task.grid, task.bucket_edges):
-            like = like or sample
             sites.add((sample.bucket, sample.site))
             _same_again(sample, state)
             number += 1
@@ -262,11 +261,13 @@ def _check_coverage(number: int, found: set[tuple[int, int]], task: Task, state:
 
 
 def _build(task: Task, density: int, names: Names, state: State) -> tuple[AttentionPlan, np.ndarray]:
-    buckets = len(task.bucket_edges) - 1
-    sites = len(state.k)
-    mass = np.stack([np.stack([state.mass[density, b, s].mean for s in range(sites)]) for b in range(buckets)])
-    keep, threshold = _choose.mask(_score.share(task, mass), task.always, task.densities[density], task.rule)
-    order = [names(density, site, mass.shape[2]) for site in range(sites)]
+    buckets, sites = len(task.bucket_edges) - 1, len(state.k)
+    one = state.mass[density, 0, 0].total
+    share = np.empty((buckets, sites, *one.shape), np.float32)  # gigabytes for a large model: one array, filled
+    for bucket, site in np.ndindex(buckets, sites):
+        share[bucket, site] = _score.share(task, state.mass[density, bucket, site].mean)
+    keep, threshold = _choose.mask(share, task.always, task.densities[density], task.rule)
+    order = [names(density, site, len(one)) for site in range(sites)]
     k_mean = np.broadcast_to(
         np.stack([state.k[site,].mean for site in range(sites)]).astype(np.float32),
         (buckets, sites, *state.k[0,].total.shape),

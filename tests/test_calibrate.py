@@ -410,6 +410,23 @@ def test_capture_with_the_models_own_attention():
     assert len(seen) == 1 and (outputs[0] == 3).all()
 
 
+def test_capture_of_a_flax_layer():
+    from flax import nnx
+
+    layer = nnx.MultiHeadAttention(num_heads=2, in_features=16, decode=False, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (1, GRID.tokens, 16))
+    expected, outputs = layer(x), []
+
+    def run(attention):
+        layer.attention_fn = attention
+        outputs.append(layer(x))
+
+    (seen,) = calibrate.capture(run, step=0.5, attention=nnx.dot_product_attention)
+    np.testing.assert_allclose(outputs[0], expected, atol=1e-6)
+    np.testing.assert_allclose(seen.k, layer.key(x), atol=1e-6)
+    assert make([seen])[0].lead == (1,)
+
+
 def test_capture_of_a_model_that_ignores_it():
     with pytest.raises(
         ValueError, match="run must call the attention function it is given.*never called.*jit the model inside run"
