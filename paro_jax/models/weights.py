@@ -115,10 +115,17 @@ class _Source:
             fits = [n for n in shape if n != 1] == [n for n in ours if n != 1]
         return None if fits else f"{key}: expected shape {ours}, found {tuple(shape)}"
 
-    def convert(self, theirs: np.ndarray) -> np.ndarray:
+    def store(self, theirs: np.ndarray, slot: np.ndarray) -> None:
+        """Their tensor into ours of one layer: rows chosen, transposed if a kernel, cast."""
         if self.ranges:
             theirs = np.concatenate([theirs[a:b] for a, b in self.ranges])
-        return theirs.reshape(len(theirs), -1).T if self.is_kernel else theirs.reshape(self.piece)
+        if not self.is_kernel:
+            slot[...] = theirs.reshape(self.piece)
+            return
+        theirs = theirs.reshape(len(theirs), -1)
+        # In narrow bands that stay in cache: transposing the whole at once is three to four times slower.
+        for row in range(0, len(theirs), 32):
+            slot[:, row : row + 32] = theirs[row : row + 32].T
 
 
 def sources(
@@ -188,8 +195,8 @@ def from_diffusers[M: nnx.Module](
         for source in sources(build, names, found, path):
             buffer = np.empty((len(source.keys), *source.piece), dtype)
             for slot, key in zip(buffer, source.keys, strict=True):
-                slot[...] = source.convert(files[key].get_tensor(key))
-            flat.append((source.path, nnx.Param(jnp.asarray(buffer if source.stacked else buffer[0]))))
+                source.store(files[key].get_tensor(key), slot)
+            flat.append((source.path, nnx.Param(jax.device_put(buffer if source.stacked else buffer[0]))))
     return nnx.merge(graph, nnx.from_flat_state(flat), rest)
 
 
