@@ -7,14 +7,13 @@ metadata entry. A directory has the header in `plan.json`, with the SHA-256 of e
 `arrays/`.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import struct
-import uuid
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from paro_jax import _files
 from paro_jax._grid import TokenGrid, check_block
 from paro_jax._plan import AttentionPlan, _check_edges
 from paro_jax._quant import QuantSpec
@@ -49,8 +49,10 @@ def save_plan(
     """Write `plan` to `path`: one file if it ends in ".safetensors", else a directory written by orbax.
 
     `model`: the name `load_plan(model=...)` is to check. `provenance`: JSON values that say how the plan was made.
-    Atomic: until the new plan is whole on disk the old one stays, also when the disk is full. (A directory is swapped
-    in by two renames; a crash between them leaves the old plan beside its place, named "*.old".)
+    A "~" is the home folder, and a link stays a link: what it points to is written. Atomic: until the new plan is whole
+    on disk the old one stays, also when the disk is full; of several that save to one place at once, the last to finish
+    wins. (A directory is swapped in by two renames; a crash between them leaves the old plan beside its place, named
+    "*.old".)
 
     Raises ValueError for arguments of the wrong kind, PlanError when `path` cannot be written.
     """
@@ -60,13 +62,13 @@ def save_plan(
         raise ValueError("plan must hold arrays, not traced values; got a plan inside jit. Save it outside.")
     if not isinstance(model, str):
         raise ValueError(f"model must be a string; got {model!r}.")
-    path = Path(path)
+    path, single = _target(path)
     arrays = {name: np.asarray(getattr(plan, name)) for name in _DTYPES if getattr(plan, name) is not None}
     header = _header(plan, arrays, model, _plain(provenance or {}))
     if not path.parent.is_dir():
         raise PlanError(f"path must lie in a folder that exists; there is no {path.parent}. Create it first.")
     try:
-        if path.suffix == ".safetensors":
+        if single:
             _save_file(header, arrays, path)
         else:
             _save_directory(header, arrays, path)
@@ -84,7 +86,8 @@ def load_plan(path: str | os.PathLike, *, model: str | None = None, grid: TokenG
     Raises PlanError for a path without a plan, a file that is truncated or altered, a newer schema, an unknown order or
     width, shapes that contradict each other, another model or another grid.
     """
-    header, arrays = _read(Path(path))
+    path = _path(path)
+    header, arrays = _read(path)
     plan = _check(header, arrays, path)
     if model is not None and header["model"] != model:
         found = repr(header["model"]) if header["model"] else "no model name"
@@ -105,10 +108,30 @@ def plan_info(path: str | os.PathLike) -> dict[str, Any]:
     Keys: schema, model, grid, block, order_names, quant, bucket_edges, arrays, provenance, versions, sha256, lead,
     heads, density, nbytes. Raises PlanError as `load_plan` does.
     """
-    header, arrays = _read(Path(path))
+    path = _path(path)
+    header, arrays = _read(path)
     plan = _check(header, arrays, path)
     facts = {"lead": list(plan.lead), "heads": plan.heads, "density": plan.density, "nbytes": plan.nbytes}
     return {name: value for name, value in header.items() if name not in ("kind", "files")} | facts
+
+
+def probe(path: str | os.PathLike) -> None:
+    """Find out now whether `save_plan` will be able to write to `path`, before the work that makes the plan.
+
+    Makes the folder it lies in. Raises PlanError for a place that cannot be written, and for one that holds anything
+    but a plan.
+    """
+    place, single = _target(path)
+    if place.is_file() and single:
+        _read(place)
+    elif single:
+        _require_file(place)
+    else:
+        _require_directory(place)
+    try:
+        _files.probe(place)
+    except OSError as error:
+        raise PlanError(f"path: expected a place that can be written, found {error}. Choose another path.") from error
 
 
 # --- what a header says ---------------------------------------------------------------------------------------------
@@ -216,6 +239,45 @@ def _check(header: dict[str, Any], arrays: Arrays, path: Any) -> AttentionPlan:
     return AttentionPlan(jnp.asarray(ids), jnp.asarray(bits), mean, grid, block, grid.orders, quant, edges)
 
 
+# --- paths ----------------------------------------------------------------------------------------------------------
+
+
+def _path(path: Any) -> Path:
+    """`path` with "~" expanded, or PlanError for what is no path."""
+    try:
+        given = os.fspath(path)
+        if not isinstance(given, str) or not given or "\0" in given:
+            raise TypeError
+    except TypeError:
+        raise PlanError(f"path must be the path of a plan, a string or a pathlib.Path; got {path!r}.") from None
+    try:
+        return Path(given).expanduser()
+    except RuntimeError as error:  # a user who is not there
+        raise PlanError(f"path {given}: expected a home folder for its '~', found none ({error}).") from None
+
+
+def _target(path: Any) -> tuple[Path, bool]:
+    """Where `path` is to be written, links followed, and whether as a single file."""
+    given = _path(path)
+    # Renaming onto a link would put the plan in the link's place and leave what it pointed to as it was.
+    real = Path(os.path.realpath(given))
+    return real, ".safetensors" in (given.suffix.lower(), real.suffix.lower())
+
+
+def _require_file(path: Path) -> None:
+    if path.is_dir():
+        raise PlanError(f"path {path}: expected a file or nothing, found a folder. Choose another path.")
+
+
+def _require_directory(path: Path) -> None:
+    if path.exists() and not (path / "plan.json").is_file() and (not path.is_dir() or any(path.iterdir())):
+        found = "a folder that holds something else" if path.is_dir() else "a file"
+        raise PlanError(
+            f"path {path}: expected a plan directory or nothing, found {found}, and it will not be replaced. Choose "
+            "another path, or one that ends in .safetensors for a single file."
+        )
+
+
 # --- bytes ----------------------------------------------------------------------------------------------------------
 
 
@@ -232,10 +294,10 @@ def _read(path: Path) -> tuple[dict[str, Any], Arrays]:
 def _save_file(header: dict[str, Any], arrays: Arrays, path: Path) -> None:
     from safetensors.numpy import save
 
-    if path.is_dir():
-        raise PlanError(f"path {path}: expected a file or nothing, found a folder. Choose another path.")
+    _require_file(path)
     data = _signed(save(arrays, metadata={"paro_jax": _dumps(header)}))
-    _replace(path, lambda new: _write(new, data))
+    with _files.replacing(path) as new:
+        _write(new, data)
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], Arrays]:
@@ -254,22 +316,59 @@ def _read_file(path: Path) -> tuple[dict[str, Any], Arrays]:
 
 
 def _save_directory(header: dict[str, Any], arrays: Arrays, path: Path) -> None:
-    if path.exists() and not (path / "plan.json").is_file() and (not path.is_dir() or any(path.iterdir())):
-        found = "a folder that holds something else" if path.is_dir() else "a file"
-        raise PlanError(
-            f"path {path}: expected a plan directory or nothing, found {found}, and it will not be replaced. Choose "
-            "another path, or one that ends in .safetensors for a single file."
-        )
-
-    def write(new: Path) -> None:
+    _require_directory(path)
+    new = _files.beside(path)
+    try:
         new.mkdir()
         with _orbax() as checkpointer:
             checkpointer.save(new.absolute() / "arrays", arrays)
-        files = sorted(file for file in (new / "arrays").rglob("*") if file.is_file())
-        sums = {file.relative_to(new).as_posix(): _sha256(file.read_bytes()) for file in files}
+        sums = {name: _sha256((new / name).read_bytes()) for name in _files_of(new)}
         _write(new / "plan.json", _signed(_dumps(header | {"files": sums}).encode()))
+        _swap_in(new, path)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
-    _replace(path, write)
+
+def _files_of(directory: Path) -> list[str]:
+    """Everything in `arrays/` that is not a folder, relative to the plan directory."""
+    return sorted(x.relative_to(directory).as_posix() for x in (directory / "arrays").rglob("*") if not x.is_dir())
+
+
+def _swap_in(new: Path, path: Path) -> None:
+    """Put the directory `new` in the place of `path`. Another may do the same at the same time: then try again."""
+    while True:
+        old = _files.beside(path, "old")
+        try:
+            os.replace(path, old)
+        except FileNotFoundError:
+            old = None
+        try:
+            os.replace(new, path)
+        except BaseException as error:
+            if old is not None:
+                _put_back(old, path)
+            if not _taken(error):
+                raise
+        else:
+            if old is not None:
+                shutil.rmtree(old, ignore_errors=True)
+            return
+
+
+def _put_back(old: Path, path: Path) -> None:
+    try:
+        os.replace(old, path)
+    except OSError as error:
+        if not _taken(error):
+            raise PlanError(
+                f"path {path} could not be written ({error}). What was there before is now {old}."
+            ) from error
+        shutil.rmtree(old, ignore_errors=True)  # another one's plan, whole and newer, stands there
+
+
+def _taken(error: BaseException) -> bool:
+    """True when a directory could not be renamed because there is one of that name."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST)
 
 
 def _read_directory(path: Path) -> tuple[dict[str, Any], Arrays]:
@@ -285,6 +384,12 @@ def _read_directory(path: Path) -> tuple[dict[str, Any], Arrays]:
         sums, names = dict(header["files"]), list(header["arrays"])
     except (ValueError, KeyError, TypeError) as error:
         raise PlanError(f"{file}: expected a header written by save_plan, found {error}. Calibrate again.") from error
+    extra = sorted(set(_files_of(path)) - set(sums))
+    if extra:
+        raise PlanError(
+            f"{path}: expected the files that save_plan wrote, found {', '.join(extra)} too. Move what is not of the "
+            "plan out of arrays/, or copy the whole directory again."
+        )
     for name, expected in sums.items():
         part = path / name
         found = _sha256(part.read_bytes()) if part.is_file() else "no such file"
@@ -294,8 +399,11 @@ def _read_directory(path: Path) -> tuple[dict[str, Any], Arrays]:
                 "the whole directory again, or calibrate again."
             )
     restore = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
-    with _orbax() as checkpointer:
-        arrays = checkpointer.restore(path.absolute() / "arrays", args=ocp.args.PyTreeRestore(restore_args=restore))
+    try:
+        with _orbax() as checkpointer:
+            arrays = checkpointer.restore(path.absolute() / "arrays", args=ocp.args.PyTreeRestore(restore_args=restore))
+    except (ValueError, KeyError, TypeError) as error:
+        raise PlanError(f"{path}: expected the arrays {names}, found {error}. Calibrate again.") from error
     return header, {name: np.asarray(x) for name, x in arrays.items()}
 
 
@@ -347,25 +455,3 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())  # a full disk may only say so here
-
-
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` make a file or directory beside `path`, then put it in place; on any failure leave no trace."""
-    new, old = (path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{end}") for end in ("tmp", "old"))
-    try:
-        write(new)
-        if path.is_dir():
-            os.replace(path, old)
-            try:
-                os.replace(new, path)
-            except BaseException:
-                os.replace(old, path)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(new, path)
-    finally:
-        if new.is_dir():
-            shutil.rmtree(new, ignore_errors=True)
-        else:
-            new.unlink(missing_ok=True)

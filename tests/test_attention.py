@@ -333,6 +333,17 @@ def test_gradients_are_those_of_dense_attention_with_the_same_element_mask(rng):
         np.testing.assert_allclose(a, c, atol=1e-6)
 
 
+def test_a_query_that_keeps_nothing_has_a_zero_gradient(rng):
+    keep = rng.random((HEADS, *GRID.blocks(BLOCK))) < 0.7
+    keep[1, 0] = False
+    plan = AttentionPlan.build(GRID, order="WFH", mask=BlockMask(keep, BLOCK))
+    q, k, v = qkv(rng)
+    gradients = jax.jit(jax.grad(lambda q, k, v: attention(q, k, v, plan=plan).sum(), argnums=(0, 1, 2)))(q, k, v)
+    assert all(np.isfinite(g).all() for g in gradients)
+    dead = GRID.index("WFH")[: BLOCK[0]]
+    assert (np.asarray(gradients[0])[:, dead, 1] == 0).all() and (np.asarray(gradients[0])[:, :, 0] != 0).any()
+
+
 def test_a_quantised_width_has_no_gradient_and_says_so(rng, says):
     plan, x = random_plan(rng, quant=INT8), qkv(rng)
     with says("gradient", "unquantised", "QuantSpec()"):
