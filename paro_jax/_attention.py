@@ -15,6 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 from pallas_kernels import Norm, Rope
+from pallas_kernels._check import concrete
 from pallas_kernels.arrange import arrange as _kernel_arrange
 from pallas_kernels.block_attention import block_attention as _kernel_block_attention
 from paro_jax._grid import TokenGrid
@@ -36,13 +37,15 @@ class TokenBlocks:
     """One of q, k, v in kernel order, at its stored width; a pytree. Made by `arrange` or `project_in`, for `attend`.
 
     `values`: [B, heads, N, D]; `scales`: float32, one per group, None at width "bf16"; `mean`: float32 [B, heads, D],
-    the mean that was subtracted from K, or None. Static: `role`, `width`, the `grid` and `block` of its plan, the
-    `group` that one scale covers, `dtype` before quantisation, and `layout`, which belongs to the backend.
+    the mean that was subtracted from K, or None; `order`: int8 [heads]. Static: `role`, `width`, `grid`, `block`, the
+    `width`, the `grid` and `block` of its plan, the `group` that one scale covers, `dtype` before quantisation, and
+    `layout`, which belongs to the backend.
     """
 
     values: jax.Array
     scales: jax.Array | None
     mean: jax.Array | None
+    order: jax.Array
     role: Role = field(metadata=dict(static=True))
     width: Width = field(metadata=dict(static=True))
     grid: TokenGrid = field(metadata=dict(static=True))
@@ -241,7 +244,17 @@ def _arranged(x, plan, role, norm, rope, implementation) -> TokenBlocks:
         implementation=implementation,
     )
     return TokenBlocks(
-        values, scales, mean, role, quant.width(role), plan.grid, plan.block, quant.group(role), str(x.dtype), _LAYOUT
+        values,
+        scales,
+        mean,
+        plan.order,
+        role,
+        quant.width(role),
+        plan.grid,
+        plan.block,
+        quant.group(role),
+        str(x.dtype),
+        _LAYOUT,
     )
 
 
@@ -406,6 +419,13 @@ def _check_blocks(q: Any, k: Any, v: Any, plan: AttentionPlan) -> None:
                     f"{role} was arranged with {name} {found!r}; attend with this plan expects {name} {expected!r}. "
                     "Arrange q, k and v with the plan that attend gets."
                 )
+        found, expected = concrete(x.order), concrete(plan.order)  # under a trace the caller is trusted
+        if found is not None and expected is not None and not np.array_equal(found, expected):
+            names = [[plan.order_names[i] for i in ids] for ids in (found, expected)]
+            raise ValueError(
+                f"{role} was arranged in the orders {names[0]}; attend with this plan expects {names[1]}. Arrange q, k "
+                "and v with the plan that attend gets."
+            )
         if x.values.shape != q.values.shape or x.dtype != q.dtype:
             raise ValueError(
                 f"{role} must have the shape and dtype of q, {list(q.values.shape)} {q.dtype}; got "

@@ -28,7 +28,7 @@ class BlockMask:
     @property
     def density(self) -> float | jax.Array:
         """Kept blocks / all blocks. A float; a float32 scalar under a trace."""
-        keep = jnp.asarray(self.keep)
+        keep = jnp.asarray(self.keep, bool)
         return _density(jnp.sum(keep, axis=-1, dtype=jnp.int32), keep.shape[-1])
 
     def schedule(self) -> tuple[jax.Array, jax.Array]:
@@ -36,7 +36,7 @@ class BlockMask:
 
         index[..., :count] are the kept key blocks, ascending; entries past count are in range and mean nothing.
         """
-        keep = jnp.asarray(self.keep)
+        keep = jnp.asarray(self.keep, bool)
         nk = keep.shape[-1]
         column = jnp.arange(nk, dtype=jnp.int32)
         # Skipped columns sort behind kept ones; one int32 sort is cheaper than an argsort with its payload.
@@ -45,7 +45,7 @@ class BlockMask:
 
     def pack(self) -> jax.Array:
         """uint8 [*lead, heads, nq, ceil(nk / 8)]: one bit a block, key block 0 in the lowest bit, padding bits 0."""
-        return jnp.packbits(jnp.asarray(self.keep), axis=-1, bitorder="little")
+        return jnp.packbits(jnp.asarray(self.keep, bool), axis=-1, bitorder="little")
 
     @classmethod
     def unpack(cls, bits: jax.Array, *, nk: int, block: tuple[int, int]) -> "BlockMask":

@@ -71,7 +71,8 @@ def cosine(reference, other) -> jax.Array:
     a_max, b_max = jnp.max(jnp.abs(a)), jnp.max(jnp.abs(b))
     a, b = a / jnp.where(a_max == 0, 1, a_max), b / jnp.where(b_max == 0, 1, b_max)
     norm = jnp.sqrt(jnp.sum(a * a) * jnp.sum(b * b))
-    both_zero = (a_max == 0) & (b_max == 0)
+    # Not from the maxima: on a CPU XLA's max can lose a NaN, and a NaN must stay one.
+    both_zero = jnp.all(a == 0) & jnp.all(b == 0)
     value = jnp.clip(jnp.sum(a * b) / jnp.where(norm == 0, 1, norm), -1, 1)
     return jnp.where(both_zero, 1.0, value)
 
@@ -140,7 +141,8 @@ def incoherence(x, *, group: Sequence[int] | None = None) -> jax.Array:
     # The padding adds nothing to a sum of magnitudes, but it must not be counted.
     height = np.minimum(rows, x.shape[-2] - rows * np.arange(n_rows))
     width = np.minimum(columns, x.shape[-1] - columns * np.arange(n_columns))
-    peak = jnp.max(tiles, axis=(-3, -1))
+    # On a CPU XLA's max can lose a NaN, hence the question.
+    peak = jnp.where(jnp.isnan(tiles).any(axis=(-3, -1)), jnp.nan, jnp.max(tiles, axis=(-3, -1)))
     # Relative to the peak before summing, so that a group of tiny numbers does not vanish in f32.
     tiles = tiles / jnp.where(peak == 0, 1, peak)[..., :, None, :, None]
     elements = np.broadcast_to(np.outer(height, width).astype(np.float32), peak.shape)

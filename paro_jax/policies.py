@@ -65,7 +65,9 @@ def top_blocks(mass: Any, density: float, always: Any = None, *, block: Block = 
     forced, has_forced = (np.broadcast_to(x, mass.shape) for x in (always, always.any(-1, keepdims=True)))
     rank = jnp.where(forced, 0, jnp.where(best & ~has_forced, 1, 2))
     flat = (*mass.shape[:-2], nq * nk)
-    position = jnp.lexsort((-mass.reshape(flat), rank.reshape(flat)), axis=-1)
+    # Descending; the complement of an unsigned integer falls as it rises, where its negative would wrap.
+    falling = ~mass if jnp.issubdtype(mass.dtype, jnp.unsignedinteger) or mass.dtype == bool else -mass
+    position = jnp.lexsort((falling.reshape(flat), rank.reshape(flat)), axis=-1)
     keep = jnp.zeros(flat, bool)
     keep = jnp.put_along_axis(keep, position[..., :budget], True, axis=-1, inplace=False)
     return BlockMask(keep.reshape(mass.shape), block)

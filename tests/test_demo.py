@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 import calibrate
 from paro_jax import AttentionPlan, BlockMask, load_plan
-from paro_jax.demo import data, model, run
+from paro_jax.demo import data, model, run, train
 
 GRID = model.CONFIG.grid
 
@@ -112,6 +112,26 @@ def test_retained_mass_of_known_plans():
     assert run.retained_mass(plan, samples, 2) == pytest.approx(15 * 64 / GRID.tokens, rel=1e-4)
 
 
-def test_no_prompts_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="prompts: expected at least 1, found 0"):
-        run.run_demo(out=tmp_path, prompts=0)
+@pytest.mark.parametrize(
+    "mistake, message",
+    [
+        (dict(prompts=0), "prompts: expected at least 1, found 0"),
+        (dict(seed=-1), "seed: expected 0 or more, found -1"),
+        (dict(steps=0), "steps: expected 1 to 1000, found 0"),
+        (dict(steps=1001), "steps: expected 1 to 1000, found 1001"),
+    ],
+)
+def test_mistakes_are_refused_at_once(tmp_path, mistake, message):
+    with pytest.raises(ValueError, match=message):
+        run.run_demo(out=tmp_path, **mistake)
+
+
+def test_seeds_of_training_calibration_and_demo_never_meet():
+    assert train.HELD_OUT <= run.CALIBRATION_SEED < run.CALIBRATION_SEED + 2**30 < run.DEMO_SEED
+
+
+def test_ssim_is_that_of_pictures_from_black_to_white():
+    """On [-1, 1] the luminance term would be near 0 for mid-grey: a small brightness change must cost little."""
+    grey = np.random.default_rng(0).normal(0, 0.02, (2, 32, 32, 3)).astype(np.float32)
+    row = run._row("PARO", 0.5, "bf16", 1.0, [(grey, 0.0)], [(grey + 0.05, 0.0)])
+    assert row["ssim"] > 0.95 and row["psnr"] == pytest.approx(32.04, abs=0.05)

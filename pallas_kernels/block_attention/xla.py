@@ -20,7 +20,7 @@ from pallas_kernels._check import FLOATS, WIDTHS
 from pallas_kernels._choose import ALL_WIDTHS, Request, widths_served
 from pallas_kernels.block_attention.reference import inexact, quantise_p, token_scales
 
-_LOWEST = -1e30  # a maximum before the first score: finite, so that a masked score of -inf gives exp2(-inf) = 0
+_LOWEST = -3.4028235e38  # a maximum before the first score: finite, so that a masked score of -inf gives exp2(-inf) = 0
 
 
 @dataclass(frozen=True)
@@ -302,7 +302,9 @@ def _attend_bwd(spec, saved, cotangents):
             return dq + _matmul(ds, k_step.astype(f32), (2, 1))
 
         start = _like(jnp.zeros(q_team.shape, f32), q_team)
-        return None, jax.lax.fori_loop(0, _steps(counts, sizes.step), one_step, start)
+        dq = jax.lax.fori_loop(0, _steps(counts, sizes.step), one_step, start)
+        # A row that keeps nothing was handed some block to look at, which may hold NaN.
+        return None, jnp.where((counts > 0)[:, None, None], dq, 0.0)
 
     _, dq = jax.lax.scan(one_query_team, None, teams[:4])
     dq = _unteam(dq, teams, q.shape)
@@ -324,7 +326,8 @@ def _attend_bwd(spec, saved, cotangents):
             return dk + _matmul(ds, q_step.astype(f32), (1, 1)), dv + _matmul(p, do_step, (1, 1))
 
         start = _like((jnp.zeros(k_team.shape, f32),) * 2, k_team)
-        return None, jax.lax.fori_loop(0, _steps(counts, sizes.step), one_step, start)
+        grads = jax.lax.fori_loop(0, _steps(counts, sizes.step), one_step, start)
+        return None, tuple(jnp.where((counts > 0)[:, None, None], x, 0.0) for x in grads)
 
     _, (dk, dv) = jax.lax.scan(one_key_team, None, teams[:4])
     dk, dv = _unteam(dk, teams, k.shape), _unteam(dv, teams, k.shape)
@@ -336,7 +339,8 @@ def _score_gradient(spec: Spec, q, do, log2_sum, offset, k, v, live) -> tuple[ja
     s = _matmul(q, k, (2, 2)) * (spec.scale * math.log2(math.e))
     p = jnp.where(live, jnp.exp2(s - log2_sum[:, :, None]), 0.0)
     dp = _matmul(do, v.astype(jnp.float32), (2, 2))
-    return p, p * (dp - offset[:, :, None]) * spec.scale
+    # Chosen, not multiplied: a NaN beside a masked score must not become 0 * NaN.
+    return p, jnp.where(live, p * (dp - offset[:, :, None]) * spec.scale, 0.0)
 
 
 def _transposed(count: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -43,7 +43,7 @@ def _kept(p: np.ndarray, keep: np.ndarray, block: tuple[int, int]) -> float:
     return float((block_sums(p, block) * keep).sum() / p.shape[0])
 
 
-def attention(path: str | os.PathLike, plan: AttentionPlan, samples: Any, heads: int = 4) -> None:
+def attention(path: str | os.PathLike, plan: AttentionPlan, samples: Any, steps: int, heads: int = 4) -> None:
     """Maps in model order and in the chosen order with the kept blocks, for the heads that reordering helps most.
 
     "Most" is by the attention mass that the plan's block budget for the head retains, chosen order against model order.
@@ -53,8 +53,7 @@ def attention(path: str | os.PathLike, plan: AttentionPlan, samples: Any, heads:
     for sample in samples:
         if sample.step != last:
             continue
-        bucket = int(np.searchsorted(plan.bucket_edges, sample.step, side="right")) - 1
-        part = plan[bucket][sample.site] if len(plan.lead) == 2 else plan[sample.site]
+        part = plan.at_step(round(sample.step * steps), steps)[sample.site]
         keep, slots = np.asarray(part.mask().keep), np.asarray(part.slots)
         for h in range(part.heads):
             if part.order[h] == 0:

@@ -30,8 +30,8 @@ BLOCK = (64, 64)
 DENSITIES = (0.5, 0.3, 0.2)
 BUCKETS = (0.0, 0.25, 0.5, 1.0)  # attention changes most in the first half of the schedule
 WIDTHS = ("bf16", "int8", "int4")
-# Seeds from here on were never trained on; the demo's and the calibration's are apart.
-DEMO_SEED, CALIBRATION_SEED = 1_000_000, 1_500_000
+# Training draws seeds below a million; these ranges, 2^40 apart, were never trained on and do not meet.
+CALIBRATION_SEED, DEMO_SEED = 1 << 40, 2 << 40
 
 Report = dict[str, Any]
 
@@ -139,16 +139,20 @@ def run_demo(
     dense video from the same noise, the attention mass the masks keep on the dense run's own attention, and denoising
     seconds per video, compilation excluded.
 
-    Raises ValueError for less than one prompt or step.
+    Raises ValueError for less than one prompt, a negative seed, or a number of steps the schedule does not have.
     """
     prompts = prompts if prompts is not None else 1 if quick else 2
     if prompts < 1:
         raise ValueError(f"prompts: expected at least 1, found {prompts}; ask for one video or more.")
+    if seed < 0:
+        raise ValueError(f"seed: expected 0 or more, found {seed}; choose another.")
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    steps = steps or (STEPS // 2 if quick else STEPS)
+    steps = steps if steps is not None else STEPS // 2 if quick else STEPS
+    if not 1 <= steps <= model.SCHEDULE.train_steps:
+        raise ValueError(f"steps: expected 1 to {model.SCHEDULE.train_steps}, found {steps}; the default is {STEPS}.")
     densities = (0.3,) if quick else DENSITIES
-    scenes = [data.random_scene(DEMO_SEED + 1000 * seed + i) for i in range(prompts)]
+    scenes = [data.random_scene(DEMO_SEED + (seed << 20) + i) for i in range(prompts)]
     grid = model.CONFIG.grid
     net = load_model()
 
@@ -217,9 +221,11 @@ def run_demo(
         "orders": {f"{density:.0%}": _orders(plans["PARO", density]) for density in densities},
         "versions": {"jax": jax.__version__, "device": jax.devices()[0].device_kind},
     }
-    (out / "report.json").write_text(json.dumps(report, indent=1))
+    temporary = out / "report.json.tmp"
+    temporary.write_text(json.dumps(report, indent=1, allow_nan=False))
+    os.replace(temporary, out / "report.json")
     main = densities[len(densities) // 2]
-    pictures.attention(out / "attention.png", plans["PARO", main], heldout)
+    pictures.attention(out / "attention.png", plans["PARO", main], heldout, steps)
     made_plans["PARO"][densities.index(main)][1].save(out / "calibration")
     for density in densities:
         save_plan(plans["PARO", density], out / f"plan-{density:g}.safetensors", model="demo")
@@ -257,20 +263,22 @@ def _orders(plan: AttentionPlan) -> list[list[str]]:
 
 
 def _row(method: str, density: float, width: str, kept: float, dense: list, results: list) -> dict[str, Any]:
-    pairs = [(a, b) for (a, _), (b, _) in zip(dense, results, strict=True)]
+    # Pixels in [0, 1]: SSIM's luminance term is not the same for shifted values.
+    pairs = [((a + 1) / 2, (b + 1) / 2) for (a, _), (b, _) in zip(dense, results, strict=True)]
 
     def mean(f) -> float:
         return float(np.mean([float(f(a, b)) for a, b in pairs]))
 
+    psnr = mean(lambda a, b: metrics.psnr(a, b, data_range=1.0))
     return {
         "method": method,
         "density": round(density, 4),
         "qk": width,
         "pv": width,
-        # Two equal videos have infinite PSNR, which JSON cannot say: null.
-        "psnr": None if method == "dense" else mean(lambda a, b: metrics.psnr(a, b, data_range=2.0)),
-        "ssim": mean(lambda a, b: metrics.ssim(a, b, data_range=2.0)),
-        "cosine": mean(metrics.cosine),
+        # Equal videos have infinite PSNR, which JSON cannot say: null.
+        "psnr": psnr if np.isfinite(psnr) else None,
+        "ssim": mean(lambda a, b: metrics.ssim(a, b, data_range=1.0)),
+        "cosine": float(np.mean([float(metrics.cosine(a, b)) for (a, _), (b, _) in zip(dense, results, strict=True)])),
         "retained_mass": float(kept),
         "seconds": float(np.mean([s for _, s in results])),
     }
