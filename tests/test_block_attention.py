@@ -30,7 +30,7 @@ from pallas_kernels.workloads import WORKLOADS
 
 IMPLEMENTATIONS = [backend.name for backend in BACKENDS]
 GROUPS = [("row", "block", "channel"), ("block", "row", "block")]  # of q, k, v
-few = settings(max_examples=8, deadline=None, derandomize=True)
+few = settings(max_examples=6, deadline=None, derandomize=True)
 
 
 def assert_close(found, expected, bound: float) -> None:
@@ -96,8 +96,7 @@ def test_long_skip_run(implementation):
     check_exact(problem, implementation)
 
 
-@pytest.mark.parametrize("p_scale", ["block", "running"])
-@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize(("groups", "p_scale"), [(GROUPS[0], "block"), (GROUPS[1], "running")])
 @pytest.mark.parametrize("width", ["int8", "int4"])
 def test_reference_multiplies_real_integers(width, groups, p_scale):
     q_group, k_group, v_group = groups
@@ -114,8 +113,9 @@ def test_reference_multiplies_real_integers(width, groups, p_scale):
     [
         (widths, groups, p_scale)
         for widths in WIDTHS
-        for groups in (GROUPS if widths != ("bf16", "bf16") else GROUPS[:1])
-        for p_scale in (("block", "running") if widths[1] != "bf16" else ("block",))
+        for groups, p_scale in ((GROUPS[0], "block"), (GROUPS[1], "block"), (GROUPS[0], "running"))
+        # Without a rounded P the rule says nothing, without a rounded value the groups do not.
+        if (p_scale == "block" or widths[1] != "bf16") and (groups == GROUPS[0] or widths != ("bf16", "bf16"))
     ],
 )
 def test_xla_is_the_reference_at_every_width(widths, groups, p_scale):
@@ -276,8 +276,8 @@ def test_each_head_returns_to_model_order_by_its_own_slots(implementation):
     heads, tokens, dim = 3, 130, 32
     slots = jnp.asarray([np.random.default_rng(h).permutation(tokens) for h in range(heads)], jnp.int32)
     q = k = jnp.zeros((1, heads, tokens, dim))
-    v = jnp.broadcast_to((jnp.arange(tokens) // 64)[None, None, :, None] + 10.0 * jnp.arange(heads)[None, :, None, None],
-                         (1, heads, tokens, dim))  # fmt: skip
+    names = 10.0 * np.arange(heads)[:, None] + np.arange(tokens) // 64
+    v = jnp.broadcast_to(jnp.asarray(names, jnp.float32)[None, :, :, None], (1, heads, tokens, dim))
     count, index = schedule(np.broadcast_to(np.eye(3, dtype=bool), (heads, 3, 3)))
     o = block_attention(q, k, v, count, index, block=(64, 64), scale=1.0, slots=slots, implementation=implementation)
     for head in range(heads):
@@ -603,8 +603,8 @@ _INT8 = Problem(qk="int8", pv="int8", mask="random", permuted=False)
         (_changed(slots=_q((2, 200), jnp.int32)), r"slots: expected a permutation of 0..199 in every head, got"),
         (_changed(q_scale=_q((1, 2, 4))), r"q_scale: expected None at qk='bf16', got an array of shape \[1, 2, 4\]"),
         (lambda: _INT8.solve("xla", k_scale=None), r"k_scale: expected scales at qk='int8', got None"),
-        (lambda: _INT8.solve("xla", v_scale=_q((1, 2, 2, 32))), r"v_scale: expected .*\[1, 2, 4, 32\], got shape \[1, 2, 2, 32\]"),
-        (lambda: _INT8.solve("xla", q_scale=_q((1, 2, 4), jnp.bfloat16)), r"q_scale: expected dtype float32, got .*bfloat16"),
+        (lambda: _INT8.solve(v_scale=_q((1, 2, 2, 32))), r"v_scale: .*\[1, 2, 4, 32\], got shape \[1, 2, 2, 32\]"),
+        (lambda: _INT8.solve(q_scale=_q((1, 2, 4), jnp.bfloat16)), r"q_scale: expected dtype float32, .*bfloat16"),
         (lambda: _FINE.solve("hoper"), r"implementation: expected None or one of 'xla', 'reference', got 'hoper'"),
         (lambda: jax.jit(lambda s: _FINE.solve(scale=s))(0.1), r"scale: expected a plain number .*got a traced value"),
     ],
