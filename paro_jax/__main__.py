@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from paro_jax import __version__
-from paro_jax._cli import _bench, _calibrate, _demo, _doctor, _inspect, _show
 
 
 class _Parser(argparse.ArgumentParser):
@@ -19,6 +18,8 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
+    from paro_jax._cli import _bench, _calibrate, _demo, _doctor, _inspect
+
     root = _Parser(
         prog="paro",
         description="PAROAttention in JAX: reorder each head's tokens, skip whole blocks, quantise what is left.",
@@ -34,30 +35,33 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit status: 0, or 2 for a user's mistake, or 130 after Ctrl-C."""
-    root = parser()
-    args = root.parse_args(argv)
-    if not hasattr(args, "run"):
-        root.print_help()
-        return 0
-    from pallas_kernels._choose import NoBackend
-
     try:
-        status = args.run(args)
-        sys.stdout.flush()
-        return status
+        # Imported here, so that Ctrl-C in these seconds ends like Ctrl-C at any other time.
+        from pallas_kernels._choose import NoBackend
+        from paro_jax._cli import _show
+
+        root = parser()
+        args = root.parse_args(argv)
+        if not hasattr(args, "run"):
+            root.print_help()
+            return 0
+        try:
+            status = args.run(args)
+            sys.stdout.flush()
+            return status
+        except BrokenPipeError:
+            # `paro inspect plan | head` closes our output; what is left to write has no reader, and Python must not
+            # complain about it while it shuts down.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        except (ValueError, OSError, NoBackend, _show.UserError) as error:
+            if args.traceback:
+                raise
+            _show.note(f"paro: error: {_one_line(error)}")
+            return 2
     except KeyboardInterrupt:
-        _show.note("\nparo: stopped by Ctrl-C")
+        print("\nparo: stopped by Ctrl-C", file=sys.stderr, flush=True)
         return 130
-    except BrokenPipeError:
-        # `paro inspect plan | head` closes our output; what is left to write has no reader, and Python must not
-        # complain about it while it shuts down.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (ValueError, OSError, NoBackend, _show.UserError) as error:
-        if args.traceback:
-            raise
-        _show.note(f"paro: error: {_one_line(error)}")
-        return 2
 
 
 def _one_line(error: Exception) -> str:

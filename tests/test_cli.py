@@ -10,6 +10,7 @@ import pytest
 
 import paro_jax
 from paro_jax import __main__ as command
+from paro_jax import _files
 from paro_jax._cli import _demo, _show
 
 GRID = paro_jax.TokenGrid((3, 4, 5), text=4)
@@ -85,6 +86,8 @@ def test_python_m_and_the_script_are_the_same_command():
 
 # A user's mistake: status 2, nothing on stdout, one line on stderr that says what and which.
 
+ON_DEMO = ["calibrate", "--model", "demo", "--density", "0.5", "-o", "{tmp}/p"]
+ON_FILE = ["calibrate", "--samples", "{tmp}/good.safetensors", "--grid", "3x4x5", "--text", "4"]
 MISTAKES = {
     "no such command": (["frobnicate"], "frobnicate"),
     "prompts not positive": (["demo", "--prompts", "0"], "--prompts: invalid positive integer value: '0'"),
@@ -117,10 +120,43 @@ MISTAKES = {
         "--samples: expected a .safetensors capture file, found no file at",
     ),
     "unknown order": (
-        ["calibrate", "--samples", "{tmp}/good.safetensors", "--grid", "3x4x5", "--text", "4", "--orders", "XYZ",
+        [*ON_FILE, "--orders", "XYZ",
          "--density", "0.9", "-o", "{tmp}/p.safetensors"],
         "XYZ",
     ),
+    "prompts of a capture file": (
+        [*ON_FILE, "--density", "0.5", "--prompts", "3", "-o", "{tmp}/p"],
+        "--prompts belongs to --model demo",
+    ),
+    "text position of the demo": ([*ON_DEMO, "--text-position", "first"], "--text-position belongs to --samples"),
+    "no text of the demo": ([*ON_DEMO, "--text", "0"], "--text belongs to --samples"),
+    "more buckets than steps": ([*ON_DEMO, "--buckets", "17"], "--buckets: the demo model has 16 steps"),
+    "one density twice": (
+        [*ON_FILE, "--density", "0.5", "0.6", "0.50000001", "-o", "{tmp}/p.safetensors"],
+        "--out and --out are both {tmp}/p-0.5.safetensors",
+    ),
+    "plan and report in one place": (
+        [*ON_FILE, "--density", "0.5", "-o", "{tmp}/p", "--report", "{tmp}/q/../p"], "--out and --report are both"
+    ),
+    "report inside the plan": (
+        [*ON_FILE, "--density", "0.5", "-o", "{tmp}/p", "--report", "{tmp}/p/report"], "lies in the plan"
+    ),
+    "plan over the capture file": (
+        [*ON_FILE, "--density", "0.5", "-o", "{tmp}/good.safetensors"], "--out and --samples are both"
+    ),
+    "plan over another file": (
+        [*ON_FILE, "--density", "0.9", "-o", "{tmp}/junk.safetensors"], "another kind of file"
+    ),
+    "report over a file": (
+        [*ON_FILE, "--density", "0.9", "-o", "{tmp}/p", "--report", "{tmp}/junk.safetensors"],
+        "--report: {tmp}/junk.safetensors cannot be written",
+    ),
+    "checkpoint over a folder": (
+        [*ON_FILE, "--density", "0.9", "-o", "{tmp}/p", "--checkpoint", "{tmp}"], "--checkpoint: {tmp} is a folder"
+    ),
+    "bench into a folder": (["bench", "--only", "import", "--out", "{tmp}"], "--out: {tmp} is a folder"),
+    "negative seed": (["demo", "--seed", "-1"], "--seed: invalid non-negative integer value: '-1'"),
+    "too many steps": (["demo", "--steps", "1001"], "--steps: invalid number of steps, 1 to 1000, value: '1001'"),
     "unknown bench": (["bench", "--only", "speed"], "speed"),
 }  # fmt: skip
 
@@ -134,7 +170,7 @@ def test_a_mistake_is_status_2_and_one_line(capsys, tmp_path, plan_file, argv, n
     assert status == 2
     assert out == ""
     assert err.count("\n") == 1 and err.endswith("\n"), err
-    assert named in err
+    assert named.format(tmp=tmp_path) in err
     assert "Traceback" not in err
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -142,6 +178,10 @@ def test_a_mistake_is_status_2_and_one_line(capsys, tmp_path, plan_file, argv, n
 CAPTURE_MISTAKES = {
     "another name": (lambda t: {"layer0/q": t["site0/step0.0/q"]}, "holds a tensor 'layer0/q'"),
     "step of 1": (lambda t: {"site0/step1/q": t["site0/step0.0/q"]}, "site0/step1/q: the step is a fraction in [0, 1)"),
+    "one step twice": (
+        lambda t: t | {"site0/step0.50/q": t["site0/step0.5/q"]},
+        "holds both site0/step0.5",
+    ),
     "no key": (
         lambda t: {k: v for k, v in t.items() if k != "site1/step0.5/k"},
         "site1/step0.5 needs q and k, got q, v",
@@ -193,6 +233,20 @@ def test_ctrl_c_is_130_and_one_line(capsys, monkeypatch):
     monkeypatch.setattr(_demo, "run", stopped)
     status, out, err = paro(capsys, "demo")
     assert (status, out, err) == (130, "", "\nparo: stopped by Ctrl-C\n")
+
+
+def test_ctrl_c_while_it_imports(capsys, monkeypatch):
+    class Interrupting:
+        def find_spec(self, name, *_):
+            if name == "paro_jax._cli._doctor":
+                raise KeyboardInterrupt
+
+    import paro_jax._cli
+
+    monkeypatch.delitem(sys.modules, "paro_jax._cli._doctor", raising=False)
+    monkeypatch.delattr(paro_jax._cli, "_doctor", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    assert paro(capsys, "doctor") == (130, "", "\nparo: stopped by Ctrl-C\n")
 
 
 def test_a_closed_pipe_is_silent(plan_file):
@@ -296,6 +350,30 @@ def test_calibrate_several_densities_writes_a_plan_each(capsys, tmp_path):
     assert not (tmp_path / "plan.safetensors").exists()
 
 
+def test_the_checkpoint_stays_until_the_plans_are_saved(capsys, tmp_path, monkeypatch):
+    file, checkpoint = captures(tmp_path / "c.safetensors", steps=(0.0,)), tmp_path / "new" / "state.npz"
+    argv = ["calibrate", "--samples", file, "--grid", "3x4x5", "--text", 4, "--block", 16, 16, "--density", 0.6,
+            "--checkpoint", checkpoint, "-o", tmp_path / "plan.safetensors"]  # fmt: skip
+
+    def full(*args, **kwargs):
+        raise paro_jax.PlanError("path: no room. Free some space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(paro_jax, "save_plan", full)
+        status, out, err = paro(capsys, *argv)
+    assert (status, out) == (2, "") and "no room" in err and checkpoint.exists()
+
+    import calibrate
+
+    def again(*args, **kwargs):
+        raise AssertionError("it was computed already")
+
+    monkeypatch.setattr(calibrate._score, "chosen_mass", again)
+    status, out, err = paro(capsys, *argv)
+    assert status == 0 and err == "" and not checkpoint.exists()  # and no progress bar where nobody looks
+    assert paro_jax.load_plan(tmp_path / "plan.safetensors").lead == (2,)
+
+
 # demo: the run itself is tested with the demo; here only what the command adds.
 
 
@@ -395,11 +473,13 @@ def test_write_json_leaves_the_old_file_when_the_disk_is_full(monkeypatch, tmp_p
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_show.os, "replace", full)
+    monkeypatch.setattr(_files.os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
         _show.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+    (tmp_path / "other").write_text("")
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_the_path_in_an_os_error_is_named(capsys, tmp_path, fake_demo):

@@ -41,6 +41,8 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.out is not None:
+        _show.probe("--out", args.out)
     rows: list[Row] = []
     for name in args.only or _FIGURES:
         _show.note(f"measuring {name} ...")

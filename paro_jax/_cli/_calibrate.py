@@ -1,10 +1,15 @@
 """`paro calibrate`: from captured attention to a plan file, for the demo model or for a file of captures."""
 
 import argparse
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from paro_jax import _plan_file
 from paro_jax._cli import _show
+from paro_jax._quant import Width
+
+_PROMPTS = 2  # of the demo model
 
 
 def add(commands: Any) -> None:
@@ -30,8 +35,8 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="PLAN", help="a .safetensors file or a folder")
     parser.add_argument("--grid", type=_sizes, metavar="FxHxW", help="the grid of --samples, in tokens: 13x30x45")
-    parser.add_argument("--text", type=int, default=0, metavar="T", help="text tokens of --samples (default 0)")
-    parser.add_argument("--text-position", choices=["first", "last"], default="first", help="(default first)")
+    parser.add_argument("--text", type=_show.natural, metavar="T", help="text tokens of --samples (default 0)")
+    parser.add_argument("--text-position", choices=["first", "last"], help="of --samples (default first)")
     parser.add_argument("--block", type=_show.positive, nargs=2, default=(64, 64), metavar="B", help="(default 64 64)")
     parser.add_argument("--objective", choices=["mass", "paro", "error"], default="mass", help="(default mass)")
     parser.add_argument("--orders", nargs="+", metavar="NAME", help="candidate orders (default: all axis orders)")
@@ -41,15 +46,9 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--buckets", type=_show.positive, default=1, metavar="N", help="masks over the schedule (default 1)"
     )
-    parser.add_argument(
-        "--qk", choices=["bf16", "fp8", "int8", "int4"], default="bf16", help="width of QK (default bf16)"
-    )
-    parser.add_argument(
-        "--pv", choices=["bf16", "fp8", "int8", "int4"], default="bf16", help="width of PV (default bf16)"
-    )
-    parser.add_argument(
-        "--prompts", type=_show.positive, default=2, metavar="N", help="demo model: prompts (default 2)"
-    )
+    parser.add_argument("--qk", choices=get_args(Width), default="bf16", help="width of QK (default bf16)")
+    parser.add_argument("--pv", choices=get_args(Width), default="bf16", help="width of PV (default bf16)")
+    parser.add_argument("--prompts", type=_show.positive, metavar="N", help=f"demo model: prompts (default {_PROMPTS})")
     parser.add_argument("--report", type=Path, metavar="DIR", help="also write the report, with pictures")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="resume from here if a run was stopped")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
@@ -71,17 +70,23 @@ def run(args: argparse.Namespace) -> int:
     import calibrate
     import paro_jax
 
-    outputs = {density: _one_of(args, args.out, density) for density in args.density}
-    for path in outputs.values():  # known now, not after minutes
-        if path.parent.exists() and not path.parent.is_dir():
-            raise _show.UserError(f"--out: {path.parent} is not a folder")
+    _refuse_what_would_be_ignored(args)
+    plans, reports = _outputs(args)
     edges = [i / args.buckets for i in range(args.buckets + 1)]
-    samples, grid, model, provenance = (_demo if args.model else _captured)(args, edges)
+    source = None if args.model else _captured(args)
+    # Whatever cannot be written is known now, not after the work.
+    for path in plans:
+        _plan_file.probe(path)
+    for path in reports:
+        _show.probe("--report", path, folder=True)
+    if args.checkpoint is not None:
+        _show.probe("--checkpoint", args.checkpoint)
+    samples, grid, model, provenance = source or _demo(args, edges)
 
     made = calibrate.make_plans(
         samples,
         grid,
-        densities=list(outputs),
+        densities=args.density,
         block=tuple(args.block),
         objective=args.objective,
         orders=args.orders,
@@ -89,15 +94,17 @@ def run(args: argparse.Namespace) -> int:
         bucket_edges=edges,
         progress=True,
         checkpoint=args.checkpoint,
+        keep_checkpoint=True,
     )
     results = []
-    for (density, path), (plan, report) in zip(outputs.items(), made, strict=True):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    for density, path, (plan, report) in zip(args.density, plans, made, strict=True):
         settings = {"density": density, "objective": args.objective, **provenance}
         paro_jax.save_plan(plan, path, model=model, provenance=settings)
-        if args.report is not None:
-            report.save(_one_of(args, args.report, density))
         results.append((plan, report, path))
+    for path, (_, report) in zip(reports, made, strict=False):
+        report.save(path)
+    if args.checkpoint is not None:  # everything is safe: it has served
+        args.checkpoint.unlink(missing_ok=True)
 
     if args.json:
         rows = [
@@ -114,15 +121,47 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _one_of(args: argparse.Namespace, path: Path, density: float) -> Path:
-    """`path` for one density; for several, one path each: plan-0.3.safetensors for plan.safetensors."""
-    return path if len(args.density) == 1 else path.with_name(f"{path.stem}-{density:g}{path.suffix}")
+def _refuse_what_would_be_ignored(args: argparse.Namespace) -> None:
+    if args.model is None:
+        if args.prompts is not None:
+            raise _show.UserError("--prompts belongs to --model demo; a capture file has the samples it has")
+        if args.grid is None:
+            raise _show.UserError("--samples needs --grid, the model's grid in tokens, such as --grid 13x30x45")
+        return
+    for option, value in (("--grid", args.grid), ("--text", args.text), ("--text-position", args.text_position)):
+        if value is not None:
+            raise _show.UserError(f"{option} belongs to --samples; the demo model has its own grid")
+    from paro_jax.demo.run import STEPS
+
+    if args.buckets > STEPS:
+        raise _show.UserError(f"--buckets: the demo model has {STEPS} steps, so at most {STEPS}; got {args.buckets}")
+
+
+def _outputs(args: argparse.Namespace) -> tuple[list[Path], list[Path]]:
+    """A plan's path for each density, and a report's if they are asked for; UserError where two would be one."""
+
+    def paths(path: Path | None) -> list[Path]:
+        """For several densities one path each: plan-0.3.safetensors for plan.safetensors."""
+        if path is None or len(args.density) == 1:
+            return [] if path is None else [path]
+        return [path.with_name(f"{path.stem}-{density:g}{path.suffix}") for density in args.density]
+
+    plans, reports = paths(args.out), paths(args.report)
+    inputs = [("--samples", args.samples), ("--checkpoint", args.checkpoint)]
+    named = [("--out", path) for path in plans] + [("--report", path) for path in reports]
+    named += [(option, path) for option, path in inputs if path is not None]
+    real = [Path(os.path.realpath(path)) for _, path in named]
+    for i, (option, path) in enumerate(named):
+        for j, (other, _) in enumerate(named[:i]):
+            if real[i] == real[j]:
+                raise _show.UserError(f"{other} and {option} are both {path}; give densities or paths that differ")
+        if any(place in real[i].parents for place in real[: len(plans)]):
+            raise _show.UserError(f"{option}: {path} lies in the plan; give a path outside of it")
+    return plans, reports
 
 
 def _demo(args: argparse.Namespace, edges: list[float]) -> tuple[Any, Any, str, dict]:
     """Samples, grid, model name and provenance of the model that ships with paro_jax."""
-    if args.grid is not None or args.text:
-        raise _show.UserError("--grid and --text belong to --samples; the demo model has its own grid")
     from dataclasses import replace
 
     from tqdm import tqdm
@@ -130,20 +169,20 @@ def _demo(args: argparse.Namespace, edges: list[float]) -> tuple[Any, Any, str, 
     from paro_jax.demo import data, model
     from paro_jax.demo import run as demo
 
-    scenes = [data.random_scene(demo.CALIBRATION_SEED + i) for i in range(args.prompts)]
-    with tqdm(total=args.prompts, desc="capture", unit="prompt", disable=None) as bar:
+    prompts = args.prompts or _PROMPTS
+    scenes = [data.random_scene(demo.CALIBRATION_SEED + i) for i in range(prompts)]
+    with tqdm(total=prompts, desc="capture", unit="prompt", disable=None) as bar:
         steps = demo.capture_steps(demo.STEPS, edges)
         samples = demo.Capture(demo.load_model(), scenes, demo.STEPS, steps, lambda: bar.update())
     grid = replace(model.CONFIG.grid, bricks=tuple(args.bricks))
-    return samples, grid, "demo", {"prompts": args.prompts, "steps": demo.STEPS}
+    return samples, grid, "demo", {"prompts": prompts, "steps": demo.STEPS}
 
 
-def _captured(args: argparse.Namespace, edges: list[float]) -> tuple[Any, Any, str, dict]:
+def _captured(args: argparse.Namespace) -> tuple[Any, Any, str, dict]:
     """The same of a capture file."""
-    if args.grid is None:
-        raise _show.UserError("--samples needs --grid, the model's grid in tokens, such as --grid 13x30x45")
     import paro_jax
     from paro_jax._cli._captures import CaptureFile
 
-    grid = paro_jax.TokenGrid(args.grid, text=args.text, text_position=args.text_position, bricks=tuple(args.bricks))
+    position = args.text_position or "first"
+    grid = paro_jax.TokenGrid(args.grid, text=args.text or 0, text_position=position, bricks=tuple(args.bricks))
     return CaptureFile(args.samples, grid), grid, "", {"samples": args.samples.name}

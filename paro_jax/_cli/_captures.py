@@ -56,7 +56,13 @@ class CaptureFile:
                             f"--samples: {name}: expected [B, {grid.tokens}, heads, D] for {grid.tokens} tokens "
                             f"(grid {grid.shape}, text {grid.text}), got {shape}; change --grid or --text"
                         )
-                    found.setdefault((site, step), {})[role] = name
+                    roles = found.setdefault((site, step), {})
+                    if role in roles:
+                        raise ValueError(
+                            f"--samples: {path.name} holds both {roles[role]} and {name}, the same step of the same "
+                            "site; keep one of them"
+                        )
+                    roles[role] = name
         except SafetensorError as error:
             raise ValueError(f"--samples: {path} is not a whole safetensors file ({error})") from error
         if not found:

@@ -19,11 +19,26 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="fewer steps and rows, under 90 seconds on two cores")
     parser.add_argument("--prompts", type=_show.positive, metavar="N", help="prompts (default 2; with --quick 1)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of prompts and noise (default 0)")
-    parser.add_argument("--steps", type=_show.positive, metavar="N", help="denoising steps (default: the model's)")
+    parser.add_argument(
+        "--seed", type=_show.natural, default=0, metavar="S", help="seed of prompts and noise (default 0)"
+    )
+    parser.add_argument(
+        "--steps", type=_steps, metavar="N", help="denoising steps, at most 1000 (default: the model's)"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="(default out/demo)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
     parser.set_defaults(run=run)
+
+
+def _steps(text: str) -> int:
+    """argparse type: the model was trained on 1000 noise levels, so there are no more steps than that."""
+    value = _show.positive(text)
+    if value > 1000:
+        raise ValueError
+    return value
+
+
+_steps.__name__ = "number of steps, 1 to 1000,"
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,16 +1,15 @@
 """How the command speaks: tables for people, JSON for programs, and the one error a user's mistake raises."""
 
-import contextlib
 import json
 import math
-import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from paro_jax import _files
 
 
 class UserError(Exception):
@@ -63,15 +62,18 @@ def dumps(value: Any) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write `dumps(value)` to `path` in one step: an interrupted or failed write leaves an older file as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    with _files.replacing(path) as new:
+        new.write_text(dumps(value) + "\n")
+
+
+def probe(option: str, path: Path, *, folder: bool = False) -> None:
+    """UserError unless a file (or, with `folder`, files in a folder) can be written to `path`: known now, not later."""
     try:
-        with os.fdopen(handle, "w") as file:
-            file.write(dumps(value) + "\n")
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
+        _files.probe(path / "any" if folder else path)
+    except OSError as error:
+        raise UserError(f"{option}: {path} cannot be written ({error.strerror or error})") from error
+    if not folder and path.is_dir():
+        raise UserError(f"{option}: {path} is a folder; give the name of a file")
 
 
 def note(message: str) -> None:
@@ -88,6 +90,17 @@ def positive(text: str) -> int:
 
 
 positive.__name__ = "positive integer"  # argparse puts the name into its message
+
+
+def natural(text: str) -> int:
+    """argparse type: an integer >= 0."""
+    value = int(text)
+    if value < 0:
+        raise ValueError
+    return value
+
+
+natural.__name__ = "non-negative integer"
 
 
 def density(text: str) -> float:
