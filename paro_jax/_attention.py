@@ -37,9 +37,9 @@ class TokenBlocks:
     """One of q, k, v in kernel order, at its stored width; a pytree. Made by `arrange` or `project_in`, for `attend`.
 
     `values`: [B, heads, N, D]; `scales`: float32, one per group, None at width "bf16"; `mean`: float32 [B, heads, D],
-    the mean that was subtracted from K, or None; `order`: int8 [heads]. Static: `role`, `width`, `grid`, `block`, the
-    `width`, the `grid` and `block` of its plan, the `group` that one scale covers, `dtype` before quantisation, and
-    `layout`, which belongs to the backend.
+    the mean that was subtracted from K, or None; `order`: int8 [heads]. Static: `role`, `width`, the `grid` and `block`
+    of its plan, the `group` that one scale covers, `dtype` before quantisation, and `layout`, which belongs to the
+    backend.
     """
 
     values: jax.Array
