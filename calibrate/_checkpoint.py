@@ -1,9 +1,7 @@
 """The state of a calibration, and the file it survives in when the run is killed."""
 
-import contextlib
 import json
 import os
-import tempfile
 import time
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -13,8 +11,9 @@ from zipfile import BadZipFile
 import numpy as np
 
 from calibrate._score import Task
+from paro_jax import _files
 
-_FORMAT = "paro_jax calibration checkpoint 1"
+_FORMAT = "paro_jax calibration checkpoint 2"
 _EVERY = 30.0  # seconds between two saves; a save may also take no more than a twentieth of the time
 
 
@@ -43,9 +42,9 @@ Sums = dict[tuple[int, ...], Sum]
 class State:
     """Everything that calibration remembers of the samples it saw.
 
-    `digests`: one number per sample, of the first pass. `errors` {(site,): float64 [densities, orders,
-    heads]}; `mass` {(density, bucket, site): float32 [heads, nq, nk]}; `k` {(site,): float64 [heads, D]}. `passed`:
-    samples that the orders pass and the mass pass have behind them.
+    `digests`: one number per sample, of the first pass. `errors` {(bucket, site): float64 [densities, orders,
+    heads]}; `mass` {(density, bucket, site): float32 [heads, nq, nk]}; `k` {(bucket, site): float64 [heads, D]}.
+    `passed`: samples that the orders pass and the mass pass have behind them.
     """
 
     digests: list[int] = field(default_factory=list)
@@ -54,6 +53,12 @@ class State:
     errors: Sums = field(default_factory=dict)
     mass: Sums = field(default_factory=dict)
     k: Sums = field(default_factory=dict)
+
+
+def over_buckets(sums: Sums, site: int) -> np.ndarray:
+    """The mean over buckets of each bucket's mean: a bucket that was sampled more often does not count for more."""
+    means = [sums[key].mean for key in sorted(sums) if key[-1] == site]
+    return np.mean(means, axis=0)
 
 
 def add(sums: Sums, key: tuple[int, ...], x: np.ndarray) -> None:
@@ -67,7 +72,7 @@ class Checkpoint:
     """Saves a `State` to a file now and then, atomically. Without a path it does nothing."""
 
     def __init__(self, path: str | os.PathLike | None, task: Task):
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else Path(path).expanduser()
         # Through JSON, so that tuples compare as the file has them.
         self.settings = json.loads(json.dumps(asdict(task) | {"objective": repr(task.objective)}))
         self.saved = self.cost = float("-inf")
@@ -130,14 +135,7 @@ class Checkpoint:
                 arrays[name], index[name] = entry.total, [part, *key, entry.count]
         header = {"format": _FORMAT, "settings": self.settings, "sums": index}
         header |= {"digests": state.digests, "passed": state.passed, "finished": state.finished}
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, header=np.array(json.dumps(header)), **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        with _files.replacing(path) as new, open(new, "xb") as file:
+            np.savez(file, header=np.array(json.dumps(header)), **arrays)
+            file.flush()
+            os.fsync(file.fileno())

@@ -2,7 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -38,7 +39,9 @@ def make_plan(
 
     Args:
       samples: a re-iterable of `Sample`; at least one for every site and bucket. It is iterated twice, one sample in
-        memory at a time, and must give the same samples both times. Several prompts and a batch are averaged.
+        memory at a time, and must give the same samples both times. Several prompts and a batch are averaged: for
+        masks within a bucket, for orders and K means within each bucket first and then over buckets, so that a bucket
+        with more samples does not count for more.
       grid: the tokens of the samples.
       density: kept blocks / all blocks, text included, in (0, 1]; the average over everything. The plan's density is
         not above it, and falls short by less than a block and those of equal share that would have come with it.
@@ -52,7 +55,7 @@ def make_plan(
       bucket_edges: fractions of the schedule from 0 to 1; each interval gets masks of its own. Orders and K means are
         shared by all buckets.
       heldout: samples that decided nothing; the report then tells how well the plan does on them.
-      progress: show a progress bar with the time left, on stderr.
+      progress: show a progress bar with the time left, on stderr, where that is a terminal.
       checkpoint: a file that keeps what was computed so far, saved every half minute and when the run stops; the same
         call goes on from it and gives the plan that an undisturbed run gives, bit for bit. Deleted when the plan is
         made.
@@ -66,7 +69,7 @@ def make_plan(
       ValueError: an argument of these, or a sample, is not as said here; the message names it.
     """
     task = _check(grid, [density], block, objective, orders, quant, bucket_edges, rule)
-    return _calibrate(samples, task, heldout, progress, checkpoint)[0]
+    return _calibrate(samples, task, heldout, progress, checkpoint, False)[0]
 
 
 def make_plans(
@@ -83,23 +86,47 @@ def make_plans(
     progress: bool = True,
     checkpoint: str | os.PathLike | None = None,
     rule: str = "global",
+    keep_checkpoint: bool = False,
 ) -> list[tuple[AttentionPlan, _report.Report]]:
     """`make_plan` for each of several densities, for about the price of one: the samples are looked at together.
 
+    `keep_checkpoint`: leave the finished checkpoint, for the caller to delete once the plans are safe; called again
+    with it, this returns the same plans without calibrating.
+
     Returns a plan and a report per density, the same as `make_plan` gives.
     """
-    if isinstance(densities, (str, float, int)) or len(densities) == 0:
+    given = None if isinstance(densities, str) else _as_tuple(densities)
+    if not given:
         raise ValueError(f"densities must be a sequence of at least one density, e.g. (0.5, 0.3); got {densities!r}.")
-    task = _check(grid, densities, block, objective, orders, quant, bucket_edges, rule)
-    return _calibrate(samples, task, heldout, progress, checkpoint)
+    task = _check(grid, given, block, objective, orders, quant, bucket_edges, rule)
+    return _calibrate(samples, task, heldout, progress, checkpoint, keep_checkpoint)
+
+
+@dataclass
+class _Run:
+    """One calibration under way."""
+
+    task: Task
+    samples: Samples
+    state: State
+    file: Checkpoint
+    bar: "_Bar"
+    heldout: Checked | None  # the first of them
 
 
 def _calibrate(
-    samples: Samples, task: Task, heldout: Samples | None, progress: bool, checkpoint: str | os.PathLike | None
+    samples: Samples,
+    task: Task,
+    heldout: Samples | None,
+    progress: bool,
+    checkpoint: str | os.PathLike | None,
+    keep_checkpoint: bool,
 ) -> list[tuple[AttentionPlan, _report.Report]]:
     _capture.check_reiterable(samples)
-    if heldout is not None:
+    first = None
+    if heldout is not None:  # a mistake there must not show after all the work
         _capture.check_reiterable(heldout, "heldout")
+        first = next(_capture.read(heldout, task.grid, task.bucket_edges, name="heldout"), None)
     start = time.perf_counter()
     file = Checkpoint(checkpoint, task)
     state = file.load()
@@ -107,8 +134,9 @@ def _calibrate(
     if heldout is not None:
         work["heldout"] = (3 * len(task.densities), heldout)
     with _Bar(progress, work, state.passed) as bar:
-        names = _decide_orders(task, samples, state, file, bar)
-        _pass("mass", "block mass", _count_mass(task, names, state), samples, task, state, file, bar)
+        run = _Run(task, samples, state, file, bar, first)
+        names = _decide_orders(run)
+        _pass(run, "mass", "block mass", _count_mass(task, names, state))
         built = [_build(task, i, names, state) for i in range(len(task.densities))]
         plans = [plan for plan, _ in built]
         held = [None] * len(plans) if heldout is None else _judge(task, plans, heldout, bar)
@@ -116,8 +144,13 @@ def _calibrate(
     made = []
     for i, (plan, threshold) in enumerate(built):
         made.append((plan, _report.make(task, i, plan, state, threshold, held[i], seconds)))
-    file.done()
+    if not keep_checkpoint:
+        file.done()
     return made
+
+
+def _as_tuple(x: Any) -> tuple | None:
+    return tuple(x) if isinstance(x, Iterable) else None
 
 
 def _check(grid, densities, block, objective, orders, quant, bucket_edges, rule) -> Task:
@@ -136,12 +169,13 @@ def _check(grid, densities, block, objective, orders, quant, bucket_edges, rule)
         raise ValueError(f"objective must be one of {allowed}, or a calibrate.ParoMetric; got {objective!r}.")
     if rule not in _choose.RULES:
         raise ValueError(f"rule must be one of {', '.join(map(repr, _choose.RULES))}; got {rule!r}.")
-    if isinstance(orders, str) or (orders is not None and len(set(orders)) == 0):
+    given, orders = orders, None if orders is None or isinstance(orders, str) else _as_tuple(orders)
+    if given is not None and not orders:
         raise ValueError(
             f"orders must be a sequence of names of grid.orders ({', '.join(grid.orders)}), or None for all; got "
-            f"{orders!r}."
+            f"{given!r}."
         )
-    ids = range(len(grid.orders)) if orders is None else sorted({grid.order_id(name) for name in orders})
+    ids = range(len(grid.orders)) if orders is None else sorted(set(map(grid.order_id, orders)))
     densities, density = tuple(map(float, densities)), float(min(densities))
     always = grid.always_keep(block)
     floor, blocks = _choose.floor_blocks(always), nq * nk
@@ -156,22 +190,24 @@ def _check(grid, densities, block, objective, orders, quant, bucket_edges, rule)
     return Task(grid, (int(block[0]), int(block[1])), densities, names, objective, quant, edges, rule)
 
 
-def _decide_orders(task: Task, samples: Samples, state: State, file: Checkpoint, bar: "_Bar") -> Names:
+def _decide_orders(run: _Run) -> Names:
     """The first pass; returns what names the orders of a site's heads."""
+    task, state = run.task, run.state
     if len(task.orders) == 1:  # nothing to decide, so nothing to look at
         return lambda density, site, heads: list(task.orders) * heads
 
     def count(sample: Checked) -> Parts:
-        return [(state.errors, (sample.site,), _score.errors(task, sample))]
+        return [(state.errors, (sample.bucket, sample.site), _score.errors(task, sample))]
 
-    _pass("orders", "scoring orders", count, samples, task, state, file, bar)
-    chosen = {site: _choose.orders(entry.mean) for (site,), entry in state.errors.items()}
+    _pass(run, "orders", "scoring orders", count)
+    sites = {site for _, site in state.errors}
+    chosen = {site: _choose.orders(_checkpoint.over_buckets(state.errors, site)) for site in sites}
     return lambda density, site, heads: [task.orders[i] for i in chosen[site][density]]
 
 
 def _count_mass(task: Task, names: Names, state: State) -> Callable[[Checked], Parts]:
     def count(sample: Checked) -> Parts:
-        parts: Parts = [(state.k, (sample.site,), np.asarray(_mass.token_mean(sample.k), np.float64))]
+        parts: Parts = [(state.k, (sample.bucket, sample.site), np.asarray(_mass.token_mean(sample.k), np.float64))]
         seen: dict[tuple[str, ...], np.ndarray] = {}
         for density in range(len(task.densities)):
             chosen = tuple(names(density, sample.site, sample.q.shape[2]))
@@ -183,24 +219,18 @@ def _count_mass(task: Task, names: Names, state: State) -> Callable[[Checked], P
     return count
 
 
-def _pass(
-    name: str,
-    about: str,
-    count: Callable[[Checked], Parts],
-    samples: Samples,
-    task: Task,
-    state: State,
-    file: Checkpoint,
-    bar: "_Bar",
-) -> None:
-    """One look at every sample, from where a checkpoint left off."""
-    if state.finished[name]:
+def _pass(run: _Run, name: str, about: str, count: Callable[[Checked], Parts]) -> None:
+    """One look at every sample, from where a checkpoint left off; samples behind it are only compared."""
+    task, state, file = run.task, run.state, run.file
+    if state.finished[name] and name != "mass":  # the pass over masses will see whether they are the same samples
         return
-    bar.begin(about)
+    run.bar.begin(about)
     whole = True
     number, sites = 0, set()
     try:
-        for sample in _capture.read(samples, task.grid, task.bucket_edges):
+        for sample in _capture.read(run.samples, task.grid, task.bucket_edges):
+            if run.heldout is not None and sample.number == 0:
+                _check_heldout(run.heldout, sample.q.shape[2:])
             sites.add((sample.bucket, sample.site))
             _same_again(sample, state)
             number += 1
@@ -213,20 +243,27 @@ def _pass(
             state.passed[name] = number
             whole = True
             file.save(state)
-            bar.step(name)
+            run.bar.step(name)
     except BaseException:
-        if whole:  # Ctrl-C may come between two sums; then the last save stands
+        if whole and not state.finished[name]:  # Ctrl-C may come between two sums; then the last save stands
             file.save(state, now=True)
         raise
     _check_coverage(number, sites, task, state)
-    state.finished[name] = True
-    file.save(state, now=True)
+    if not state.finished[name]:
+        state.finished[name] = True
+        file.save(state, now=True)
 
 
 def _same_again(sample: Checked, state: State) -> None:
     """Each pass, and each run that goes on from a checkpoint, must see the same samples."""
     digest = sample.digest()
     if sample.number == len(state.digests):
+        if any(state.finished.values()):
+            raise ValueError(
+                "samples must be the same each time they are iterated, and those of the checkpoint if there is one; "
+                f"there were {len(state.digests)}, now there are more: number {sample.number} is {sample.name}. Fix "
+                "the seeds or store the samples."
+            )
         state.digests.append(digest)
     elif state.digests[sample.number] != digest:
         raise ValueError(
@@ -261,7 +298,8 @@ def _check_coverage(number: int, found: set[tuple[int, int]], task: Task, state:
 
 
 def _build(task: Task, density: int, names: Names, state: State) -> tuple[AttentionPlan, np.ndarray]:
-    buckets, sites = len(task.bucket_edges) - 1, len(state.k)
+    buckets = len(task.bucket_edges) - 1
+    sites = 1 + max(site for _, site in state.k)
     one = state.mass[density, 0, 0].total
     share = np.empty((buckets, sites, *one.shape), np.float32)  # gigabytes for a large model: one array, filled
     for bucket, site in np.ndindex(buckets, sites):
@@ -269,8 +307,8 @@ def _build(task: Task, density: int, names: Names, state: State) -> tuple[Attent
     keep, threshold = _choose.mask(share, task.always, task.densities[density], task.rule)
     order = [names(density, site, len(one)) for site in range(sites)]
     k_mean = np.broadcast_to(
-        np.stack([state.k[site,].mean for site in range(sites)]).astype(np.float32),
-        (buckets, sites, *state.k[0,].total.shape),
+        np.stack([_checkpoint.over_buckets(state.k, site) for site in range(sites)]).astype(np.float32),
+        (buckets, sites, *state.k[0, 0].total.shape),
     )
     if buckets == 1:
         keep, k_mean = keep[0], k_mean[0]
@@ -292,11 +330,7 @@ def _judge(task: Task, plans: list[AttentionPlan], heldout: Samples, bar: "_Bar"
     assert plans[0].k_mean is not None
     sites, heads, dim = plans[0].lead[-1], plans[0].heads, plans[0].k_mean.shape[-1]
     for sample in _capture.read(heldout, task.grid, task.bucket_edges, name="heldout"):
-        if sample.site >= sites or sample.q.shape[2:] != (heads, dim):
-            raise ValueError(
-                f"heldout must hold samples of the sites that were calibrated: sites 0 to {sites - 1}, {heads} heads "
-                f"of {dim}; got {sample.name}, {sample.q.shape[2]} heads of {sample.q.shape[3]}."
-            )
+        _check_heldout(sample, (heads, dim), sites)
         key = (sample.bucket, sample.site)
         for plan, held in zip(plans, helds, strict=True):
             local = plan[sample.bucket][sample.site] if len(plan.lead) == 2 else plan[sample.site]
@@ -310,6 +344,16 @@ def _judge(task: Task, plans: list[AttentionPlan], heldout: Samples, bar: "_Bar"
     return helds
 
 
+def _check_heldout(sample: Checked, shape: tuple[int, ...], sites: int | None = None) -> None:
+    """ValueError unless the plan has the heads, and the site if `sites` are known, of this held-out sample."""
+    if (sites is not None and sample.site >= sites) or sample.q.shape[2:] != shape:
+        where = "" if sites is None else f"sites 0 to {sites - 1}, "
+        raise ValueError(
+            f"heldout must hold samples of the sites that were calibrated: {where}{shape[0]} heads of {shape[1]}; got "
+            f"{sample.name}, {sample.q.shape[2]} heads of {sample.q.shape[3]}."
+        )
+
+
 class _Bar:
     """A progress bar over all passes. A unit is about one QK^T over a sample, so the time left is honest."""
 
@@ -320,7 +364,9 @@ class _Bar:
         total = None if None in sizes else sum(size for size in sizes if size is not None)
         form = "{desc}{percentage:3.0f}% |{bar:20}| {elapsed} passed, {remaining} left" if total else None
         done = sum(self.units[name] * number for name, number in passed.items())
-        self.bar = tqdm(total=total, initial=done, disable=not show, bar_format=form, desc="calibrate: ")
+        # None: only where a person looks.
+        disable = None if show else True
+        self.bar = tqdm(total=total, initial=done, disable=disable, bar_format=form, desc="calibrate: ")
 
     def __enter__(self) -> "_Bar":
         return self

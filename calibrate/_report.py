@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from calibrate import _choose
+from calibrate import _checkpoint, _choose
 from calibrate._checkpoint import State, Sums
 from calibrate._score import Task
-from paro_jax import AttentionPlan
+from paro_jax import AttentionPlan, _files
 
 _COLUMNS = 12  # kept-block pictures in a row
 _DRAWN = 48  # heads in the picture of kept blocks
@@ -78,17 +77,16 @@ class Report:
 
     def save(self, directory: str | os.PathLike) -> list[Path]:
         """Write report.json, orders.png, density.png and blocks.png to `directory` (made if missing); their paths."""
-        directory = Path(directory)
+        directory = Path(directory).expanduser()
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "report.json"
-        handle, temporary = tempfile.mkstemp(dir=directory, suffix=".tmp")
-        with os.fdopen(handle, "w") as file:
-            file.write(self.to_json() + "\n")
-        os.replace(temporary, path)
+        with _files.replacing(path) as new:
+            new.write_text(self.to_json() + "\n")
         drawn = [(directory / "orders.png", self._draw_orders()), (directory / "density.png", self._draw_density())]
         drawn.append((directory / "blocks.png", self._draw_blocks()))
         for name, figure in drawn:
-            figure.savefig(name, dpi=110)
+            with _files.replacing(name) as new:
+                figure.savefig(new, dpi=110, format="png", bbox_inches="tight")  # labels outside the layout too
         return [path, *(name for name, _ in drawn)]
 
     def _grid(self, name: str) -> np.ndarray:
@@ -106,7 +104,7 @@ class Report:
         sites, heads = chosen.shape
         colours = ["#d9d9d9", "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#994f00", "#000000"]
         colours = [colours[i % len(colours)] for i in range(len(names))]
-        figure = Figure(figsize=(2.5 + 0.28 * heads, 1.6 + 0.28 * sites), layout="constrained")
+        figure = Figure(figsize=(max(5.0, 3.0 + 0.28 * heads), max(2.6, 1.6 + 0.28 * sites)), layout="constrained")
         axes = figure.subplots()
         axes.imshow(chosen, cmap=ListedColormap(colours), vmin=-0.5, vmax=len(names) - 0.5, interpolation="nearest")
         used = Counter(self._grid("order")[0].flat)
@@ -188,7 +186,7 @@ def make(
         local = plan[bucket][site] if buckets > 1 else plan[site]
         keep = np.asarray(local.mask().keep)
         retained = _choose.kept_mass(state.mass[density, bucket, site].mean, keep)
-        errors = state.errors[site,].mean[density] if state.errors else None
+        errors = _checkpoint.over_buckets(state.errors, site)[density] if state.errors else None
         for head in range(heads):
             row = {"bucket": bucket, "site": site, "head": head, "order": names[bucket, site, head]}
             row |= {"density": float(keep[head].sum() / (keep.shape[1] * nk)), "retained_mass": float(retained[head])}

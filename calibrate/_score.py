@@ -92,7 +92,11 @@ def share(task: Task, mass: np.ndarray) -> np.ndarray:
 def output_error(sample: Checked, plan: AttentionPlan) -> tuple[np.ndarray, np.ndarray]:
     """Relative L1 and cosine of a site's output under a plan against dense attention: float64 [heads] each."""
     dense = AttentionPlan.dense(plan.grid, heads=plan.heads, block=plan.block)  # not jax.nn: that holds the N x N map
-    l1, size, inner, norm, norm_dense = _compare(sample.q, sample.k, sample.v, plan, dense)
+    assert sample.v is not None
+    qkv = sample.q, sample.k, sample.v
+    if len({x.dtype for x in qkv}) > 1 or sample.q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        qkv = (x.astype(jnp.float32) for x in qkv)  # attention takes one dtype, of these
+    l1, size, inner, norm, norm_dense = _compare(*qkv, plan, dense)
     relative = np.where(size > 0, l1 / np.where(size > 0, size, 1), np.where(l1 > 0, np.inf, 0))
     scale = np.sqrt(norm) * np.sqrt(norm_dense)
     same = (norm == 0) & (norm_dense == 0)

@@ -234,6 +234,31 @@ def test_k_mean_is_over_prompts_steps_and_tokens():
         np.testing.assert_allclose(plan.k_mean[site], expected, rtol=1e-5)
 
 
+def test_a_bucket_with_more_samples_does_not_count_for_more():
+    late, early = sample(step=0.8), [sample(step=0.1, seed=i) for i in range(3)]
+    plan, report = make([*early, late], bucket_edges=(0, 0.5, 1))
+    means = [np.mean([s.k.mean((0, 1)) for s in early], 0), late.k.mean((0, 1))]
+    np.testing.assert_allclose(plan.k_mean[0, 0], np.mean(means, 0), rtol=1e-5)
+    alone = [make(part)[1].rows for part in (early, [late])]
+    for head, row in enumerate(report.rows[:2]):
+        expected = np.mean([rows[head]["model_error"] for rows in alone])
+        assert row["model_error"] == pytest.approx(expected, rel=1e-9) and row["error"] <= row["model_error"]
+
+
+def test_a_batch_of_two_widths_is_compared_in_float32():
+    """A model with its RoPE in float32 and its values in bfloat16."""
+    given = sample()._replace(v=jnp.asarray(sample().v, jnp.bfloat16))
+    wide = given._replace(v=np.asarray(given.v, np.float32))
+    for one, other_ in zip(*(make([s], objective="error", heldout=[s])[1].rows for s in (given, wide)), strict=True):
+        assert one == other_
+
+
+def test_orders_and_densities_of_a_generator():
+    assert_same(make(orders=(name for name in ("WFH", "FHW")))[0], make(orders=["FHW", "WFH"])[0])
+    made = calibrate.make_plans(samples(), GRID, densities=iter((0.9, 0.6)), block=BLOCK, progress=False)
+    assert_same(made[1][0], make()[0])
+
+
 def test_the_plan_runs():
     given = sample()
     plan, _ = make([given], density=1.0, quant=QuantSpec(qk="int8", pv="int8"))
@@ -342,9 +367,26 @@ def test_the_report_is_saved(tmp_path, monkeypatch):
     for path in paths[1:]:
         pixels = matplotlib.image.imread(path)
         assert min(pixels.shape[:2]) > 100 and pixels[..., :3].std() > 0.02
+    # Nothing is cut off: no picture has ink on its edge.
+    for path in paths[1:]:
+        pixels = matplotlib.image.imread(path)[..., :3]
+        for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
+            assert (edge == 1).all(), path
     # The grid of orders shows the colour of each head's order.
     pixels = matplotlib.image.imread(paths[1])[..., :3]
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > len({row["order"] for row in report.rows})
+
+
+def test_a_report_that_cannot_be_saved_leaves_no_trace(tmp_path, monkeypatch):
+    _, report = make()
+    (tmp_path / "report.json").mkdir()  # in the way
+    with pytest.raises(OSError):
+        report.save(tmp_path)
+    assert os.listdir(tmp_path) == ["report.json"]
+    (tmp_path / "report.json").rmdir()
+    (tmp_path / "other").write_text("")
+    for path in report.save(tmp_path):
+        assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_a_report_has_no_number_that_json_lacks():
@@ -358,80 +400,16 @@ def test_matplotlib_is_imported_late():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_progress_bar(capsys):
+def test_a_progress_bar(capsys, monkeypatch):
+    make(progress=True)
+    assert capsys.readouterr().err == ""  # nobody looks
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     make(progress=True)
     err = capsys.readouterr().err
     for word in ("scoring orders", "block mass", "100%", "left"):
         assert word in err
     make(progress=False)
     assert capsys.readouterr().err == ""
-
-
-# Capture
-
-
-def test_capture_records_every_call():
-    def model(x, attention):
-        @jax.jit
-        def run(x):
-            def layer(x, w):
-                q, k, v = jnp.split(x @ w, 3, axis=-1)
-                return x + attention(q, k, v), None
-
-            return jax.lax.scan(layer, x, weights)[0]
-
-        return run(x)
-
-    keys = jax.random.split(jax.random.key(0))
-    weights = jax.random.normal(keys[0], (3, 8, 24)) / 3
-    x = jax.random.normal(keys[1], (1, GRID.tokens, 2, 8))
-    seen = calibrate.capture(lambda attention: model(x, attention), step=0.25)
-    assert [(s.site, s.step) for s in seen] == [(0, 0.25), (1, 0.25), (2, 0.25)]
-    expected = x
-    for s, w in zip(seen, weights, strict=True):
-        q, k, v = jnp.split(expected @ w, 3, axis=-1)
-        for mine, other_ in ((s.q, q), (s.k, k), (s.v, v)):
-            np.testing.assert_allclose(mine, other_, rtol=1e-5, atol=1e-5)
-        expected = expected + jax.nn.dot_product_attention(q, k, v)
-    plan, _ = make(seen)
-    assert plan.lead == (3,)
-
-
-def test_capture_with_the_models_own_attention():
-    x = jnp.ones((1, GRID.tokens, 2, 8))
-
-    def own(q, k, v, mask, *, scale):
-        return q * scale + mask
-
-    outputs = []
-    seen = calibrate.capture(
-        lambda attention: outputs.append(attention(x, x, x, 1.0, scale=2.0)), step=0.0, attention=own
-    )
-    assert len(seen) == 1 and (outputs[0] == 3).all()
-
-
-def test_capture_of_a_flax_layer():
-    from flax import nnx
-
-    layer = nnx.MultiHeadAttention(num_heads=2, in_features=16, decode=False, rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(1), (1, GRID.tokens, 16))
-    expected, outputs = layer(x), []
-
-    def run(attention):
-        layer.attention_fn = attention
-        outputs.append(layer(x))
-
-    (seen,) = calibrate.capture(run, step=0.5, attention=nnx.dot_product_attention)
-    np.testing.assert_allclose(outputs[0], expected, atol=1e-6)
-    np.testing.assert_allclose(seen.k, layer.key(x), atol=1e-6)
-    assert make([seen])[0].lead == (1,)
-
-
-def test_capture_of_a_model_that_ignores_it():
-    with pytest.raises(
-        ValueError, match="run must call the attention function it is given.*never called.*jit the model inside run"
-    ):
-        calibrate.capture(lambda attention: jnp.zeros(3), step=0.0)
 
 
 # The bench

@@ -80,6 +80,8 @@ BAD_ARGUMENTS = {
     "brick of no grid": ({"orders": ["brick2x2x2"]}, "got 'brick2x2x2'"),
     "no orders": ({"orders": []}, r"orders must be a sequence of names of grid\.orders \(FHW, .*got \[\]"),
     "orders a string": ({"orders": "FHW"}, "orders must be a sequence .*got 'FHW'"),
+    "orders a number": ({"orders": 5}, "orders must be a sequence .*got 5"),
+    "orders of numbers": ({"orders": [1]}, "order must be one of FHW, .*got 1"),
     "rule": ({"rule": "columns"}, "rule must be one of 'global', 'head', 'row'; got 'columns'"),
     "edges": (
         {"bucket_edges": (0, 0.7, 0.5, 1)},
@@ -147,3 +149,51 @@ def test_samples_that_change():
 
     with pytest.raises(ValueError, match="there were 2, now there are 1"):
         make(Shrinking())
+
+    class Growing(Changing):
+        def __iter__(self):
+            self.seed += 1
+            return iter([sample(site) for site in range(self.seed)])
+
+    for orders in (None, ["FHW", "WFH"]):
+        with pytest.raises(
+            ValueError, match=r"there were 1, now there are more: number 1 is site 1, step 0 \(bucket 0\)"
+        ):
+            make(Growing(), orders=orders)
+
+
+def test_another_v_is_another_sample():
+    class Changing:
+        seed = 0.0
+
+        def __iter__(self):
+            self.seed += 1
+            return iter([sample()._replace(v=np.full((1, 64, 2, 8), self.seed, FLOAT))])
+
+    with pytest.raises(ValueError, match="number 0, site 0, step 0 .*is not what it was"):
+        make(Changing(), objective="error")
+
+
+@pytest.mark.parametrize("role", "qkv")
+def test_one_channel_more_is_another_sample(role):
+    """A digest that looks at every D-th number would only see the first channel."""
+    given = Sample(0, 0.0, *np.zeros((3, 1, 64, 16, 64), FLOAT))
+    other = given._replace(**{role: np.broadcast_to(np.arange(64, dtype=FLOAT), given.q.shape)})
+    first, second = (next(calibrate._capture.read([s], TokenGrid((64,)), (0.0, 1.0))).digest() for s in (given, other))
+    assert first != second
+
+
+@pytest.mark.parametrize("densities", [None, [], "0.5", (d for d in ())], ids=repr)
+def test_densities_that_are_none(densities):
+    with pytest.raises(ValueError, match="densities must be a sequence of at least one density"):
+        calibrate.make_plans(samples(), TokenGrid((64,)), densities=densities)
+
+
+def test_a_mistake_in_what_is_held_out_is_known_before_the_work(monkeypatch):
+    def never(*args):
+        raise AssertionError("worked before it looked at heldout")
+
+    monkeypatch.setattr(calibrate._make_plan._score, "errors", never)
+    for heldout, named in (([sample(heads=3)], "heldout must hold samples of .* 3 heads of 8"), ([7], "is a int")):
+        with pytest.raises(ValueError, match=named):
+            make(heldout=heldout)

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from samples import assert_same, make, samples
+from samples import BLOCK, GRID, assert_same, make, samples
 
 import calibrate
 from calibrate import _checkpoint
@@ -174,5 +174,29 @@ def test_a_damaged_checkpoint(tmp_path, damage):
 def test_a_checkpoint_of_another_format(tmp_path):
     path = tmp_path / "state.npz"
     np.savez(path, header=np.array(json.dumps({"format": "paro_jax calibration checkpoint 9"})))
-    with pytest.raises(ValueError, match="expected 'paro_jax calibration checkpoint 1', found '.* 9'"):
+    with pytest.raises(ValueError, match="expected 'paro_jax calibration checkpoint 2', found '.* 9'"):
         make(checkpoint=path)
+
+
+def test_a_finished_checkpoint_stays_when_asked_and_is_for_the_same_samples(tmp_path, monkeypatch):
+    path = tmp_path / "state.npz"
+    again = {"densities": (0.6,), "block": BLOCK, "progress": False, "checkpoint": path}
+    ((plan, _),) = calibrate.make_plans(samples(), GRID, keep_checkpoint=True, **again)
+    before = path.read_bytes()
+    other = samples()
+    other[3] = other[3]._replace(k=other[2].k)
+    for given, named in (
+        (other, "number 3, site 1, step 0.6 .*is not what it was"),
+        (samples()[:2], "there were 4, now there are 2"),
+        (samples(prompts=2), "there were 4, now there are more"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            calibrate.make_plans(given, GRID, **again)
+        assert path.read_bytes() == before
+
+    def never(*args):
+        raise AssertionError("it was computed already")
+
+    monkeypatch.setattr(calibrate._score, "chosen_mass", never)
+    assert_same(calibrate.make_plans(samples(), GRID, **again)[0][0], plan)
+    assert not path.exists()
