@@ -1,9 +1,8 @@
 """What every test runs under: strict modes, and a few fixtures.
 
 Warnings are errors (pyproject.toml), ranks never broadcast by accident (`jax_numpy_rank_promotion`), and hypothesis
-draws the same examples on every machine. The shape checks of jaxtyping are not hooked in: our pytrees hold
-placeholders while JAX flattens them, which the hook takes for wrong arrays, and public functions check shapes
-themselves, with better words.
+draws the same examples on every machine. No hook checks types: our pytrees hold placeholders while JAX flattens them,
+which it would take for wrong arrays, and public functions check shapes themselves, with better words.
 """
 
 import hypothesis
