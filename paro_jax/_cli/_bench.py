@@ -102,26 +102,33 @@ def _invisibility(args: argparse.Namespace) -> list[Row]:
     import paro_jax
     from pallas_kernels.bench import figure
 
+    def dense(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v)
+
+    def planned(q, k, v, plan):
+        return paro_jax.attention(q, k, v, plan=plan)
+
+    dense, planned = jax.jit(dense), jax.jit(planned)
     rng = np.random.default_rng(0)
     errors: list[float] = []
     bar = tqdm(total=args.problems, desc="invisibility", unit="problem", disable=None)
     while len(errors) < args.problems:
-        # One shape compiles once; its orders are data, so each of them is a problem of its own.
-        rank = int(rng.integers(1, 4))
+        # A shape compiles once; orders are data, so six problems of one shape cost little more than one.
+        rank = int(rng.choice([1, 2, 3, 3, 3]))
         shape = tuple(int(n) for n in rng.integers(1, {1: 300, 2: 17, 3: 8}[rank], rank))
-        grid = paro_jax.TokenGrid(
-            shape, text=int(rng.choice([0, 1, 7, 40])), text_position="first" if rng.random() < 0.5 else "last"
-        )
+        position = "first" if rng.random() < 0.5 else "last"
+        grid = paro_jax.TokenGrid(shape, text=int(rng.choice([0, 1, 7, 40])), text_position=position)
         batch, heads, dim = int(rng.integers(1, 3)), int(rng.integers(1, 5)), int(rng.choice([32, 64, 96, 128, 256]))
         block = int(rng.choice([64, 128])), int(rng.choice([64, 128]))
-        q, k, v = jax.random.normal(jax.random.key(len(errors)), (3, batch, grid.tokens, heads, dim))
-        dense = jax.nn.dot_product_attention(q, k, v)
-        planned = jax.jit(lambda q, k, v, plan: paro_jax.attention(q, k, v, plan=plan))
-        for first in grid.orders:
-            order = [first, *rng.choice(np.array(grid.orders), heads - 1)]
-            plan = paro_jax.AttentionPlan.dense(grid, heads=heads, order=[str(name) for name in order], block=block)
-            errors.append(float(abs(planned(q, k, v, plan) - dense).max()))
+        for turn in range(6):
+            order = [str(name) for name in rng.choice(np.array(grid.orders), heads)]
+            order[0] = grid.orders[turn % len(grid.orders)]
+            plan = paro_jax.AttentionPlan.dense(grid, heads=heads, order=order, block=block)
+            q, k, v = jax.random.normal(jax.random.key(len(errors)), (3, batch, grid.tokens, heads, dim))
+            errors.append(float(abs(planned(q, k, v, plan) - dense(q, k, v)).max()))
             bar.update(1)
+        if len(errors) % 96 == 0:
+            jax.clear_caches()  # compiled shapes never come back; without this they add up to a gigabyte
     bar.close()
     return [
         figure(
