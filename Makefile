@@ -47,6 +47,11 @@ lint: $(DEV)
 notebooks: $(DEV)
 	@$(PY) tools/write_notebooks.py
 
+# Training allocates and frees large buffers all the time: without these, half the time goes to page faults (glibc).
+train: export MALLOC_MMAP_MAX_ = 0
+train: export MALLOC_TRIM_THRESHOLD_ = 1000000000000
+train: export MALLOC_TOP_PAD_ = 268435456
+train: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 train: $(CORE)
 	@$(PY) -m paro_jax.demo.train $(ARGS)
 

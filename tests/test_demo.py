@@ -135,3 +135,19 @@ def test_ssim_is_that_of_pictures_from_black_to_white():
     grey = np.random.default_rng(0).normal(0, 0.02, (2, 32, 32, 3)).astype(np.float32)
     row = run._row("PARO", 0.5, "bf16", 1.0, [(grey, 0.0)], [(grey + 0.05, 0.0)])
     assert row["ssim"] > 0.95 and row["psnr"] == pytest.approx(32.04, abs=0.05)
+
+
+def test_training_batches_are_a_function_of_the_step():
+    (a, words), (b, _) = train.batch(7, (5, 3, 4), 2), train.batch(7, (5, 3, 4), 2)
+    np.testing.assert_array_equal(a, b)
+    assert a.shape == (2, 5, 12, 6, 8) and words.shape == (2, data.CAPTION_WORDS)
+    assert not np.array_equal(a, train.batch(8, (5, 3, 4), 2)[0])
+
+
+def test_training_loss_has_a_gradient_for_every_weight(net):
+    graph, params = nnx.split(net, nnx.Param)
+    latents, words = train.batch(0, (3, 3, 4), 2)
+    loss = jax.jit(jax.value_and_grad(lambda p: train.loss(graph, p, latents, words, jax.random.key(0))))
+    value, grads = loss(params)
+    assert 0 < float(value) < 0.4  # the trained model on a tiny crop; 1.3 before training
+    assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads))

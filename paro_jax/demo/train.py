@@ -2,7 +2,9 @@
 
 v-prediction on procedural videos. Most of the time goes to small crops of the videos (attention costs N squared), the
 rest to whole ones. Muon for matrices, Adam for the rest, an exponential average of the weights. Orbax checkpoints; a
-killed run resumes.
+killed run resumes, and `--start FILE` goes on from exported weights.
+
+The weights that ship are from `--minutes 94 --small 0.44`: 3309 steps on two busy cores, loss 0.05 (1.3 at the start).
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from safetensors.numpy import save_file
 
+from paro_jax import AttentionPlan, TokenGrid
 from paro_jax.demo import data, model
+from paro_jax.models import weights
 
 # (token grid of the crop, batch, share of the steps) before and after `--small` of the time.
 SMALL = (((13, 5, 7), 8, 0.34), ((5, 11, 9), 8, 0.33), ((7, 7, 9), 8, 0.33))
@@ -56,7 +60,10 @@ def loss(graph, params, latents, words, key) -> jax.Array:
     noise = jax.random.normal(k2, latents.shape)
     noisy = jnp.sqrt(a) * latents + jnp.sqrt(1 - a) * noise
     v = jnp.sqrt(a) * noise - jnp.sqrt(1 - a) * latents
-    return jnp.mean((nnx.merge(graph, params)(noisy, t.astype(jnp.float32), words) - v) ** 2)
+    # Every block kept: the same attention as without a plan, streamed, which on a CPU halves the time of the gradient.
+    grid = TokenGrid((latents.shape[1], latents.shape[3] // 2, latents.shape[4] // 2), text=words.shape[1])
+    plan = AttentionPlan.dense(grid, heads=model.CONFIG.num_heads, sites=model.CONFIG.num_layers)
+    return jnp.mean((nnx.merge(graph, params)(noisy, t.astype(jnp.float32), words, plan=plan) - v) ** 2)
 
 
 def optimiser(rate) -> optax.GradientTransformation:
@@ -84,10 +91,14 @@ def main() -> None:
     p.add_argument("--minutes", type=float, default=90)
     p.add_argument("--small", type=float, default=0.6, help="share of the time spent on crops")
     p.add_argument("--rate", type=float, default=1.5e-3)
+    p.add_argument("--start", type=pathlib.Path, help="exported weights to start from (default: random)")
     p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("checkpoints/demo"))
     args = p.parse_args()
 
-    graph, params = nnx.split(model.DemoModel(rngs=nnx.Rngs(0)), nnx.Param)
+    def build():
+        return model.DemoModel(rngs=nnx.Rngs(0))
+
+    graph, params = nnx.split(weights.load(build, args.start) if args.start else build(), nnx.Param)
     params = nnx.to_pure_dict(params)
     # The rate falls with the share of the time that is gone, so a run always ends annealed; it enters as data.
     opt = optax.inject_hyperparams(lambda rate: optimiser(lambda _: rate))(rate=args.rate)
