@@ -234,3 +234,14 @@ def problems(draw, dtypes=("float32",), widths=(("bf16", "bf16"),)) -> Problem:
         permuted=draw(st.booleans()),
         seed=draw(st.integers(0, 5)),
     )
+
+
+def assert_close(found, expected, bound: float) -> None:
+    """Equal within `bound`, finite, and -inf in the same places."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape
+    empty = np.isneginf(expected)
+    np.testing.assert_array_equal(np.isneginf(found), empty)
+    found, expected = found[~empty], expected[~empty]
+    assert np.isfinite(found).all()
+    assert np.abs(found - expected).max(initial=0.0) <= bound

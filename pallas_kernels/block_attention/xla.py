@@ -80,7 +80,8 @@ class _Teams(NamedTuple):
     row: jax.Array  # int32 [teams, T]: row = (batch * heads + head) * row blocks + row block
     head: jax.Array  # int32 [teams, T]: batch * heads + head
     count: jax.Array  # int32 [teams, T]: kept blocks of the row; 0 in the padding of the last team
-    index: jax.Array  # int32 [teams, T, steps * step]: kept blocks; past count, the row's first kept block again
+    mask_row: jax.Array  # int32 [teams, T]: head * row blocks + row block, a row of `index`
+    index: jax.Array  # int32 [heads * row blocks, steps * step]: kept blocks; past count, the row's first again
     place: jax.Array  # int32 [rows]: where in teams * T each row went
 
 
@@ -103,7 +104,8 @@ def _teams(count: jax.Array, index: jax.Array, batch: int, sizes: Tiles) -> _Tea
         row=order.reshape(-1, team),
         head=(order // rows).reshape(-1, team),
         count=jnp.where(real, count[mask_row], 0).reshape(-1, team),
-        index=index[mask_row].reshape(-1, team, index.shape[-1]),
+        mask_row=mask_row.reshape(-1, team),
+        index=index,
         place=place,
     )
 
@@ -184,7 +186,8 @@ def _forward(spec: Spec, q, k, v, count, index, slots, q_scale=None, k_scale=Non
     pv_dtype = _compute_dtype(spec.pv, v.dtype)
 
     def one_team(_, team_rows):
-        rows, head, counts, kept = team_rows
+        rows, head, counts, mask_rows = team_rows
+        kept = teams.index[mask_rows]
         q_team = q_blocks[rows].astype(qk_dtype)
         prescaled = row_factor is None and q.dtype == f32
         if prescaled:
@@ -288,10 +291,11 @@ def _attend_bwd(spec, saved, cotangents):
     # dq: a team of query blocks, each over its kept key blocks.
     (batch, heads), (nq, nk) = q.shape[:2], index.shape[1:]
     sizes = tiles(batch * heads * nq, nk, bq, bk)
-    teams = _teams(count, index, batch, sizes)
+    query_teams = _teams(count, index, batch, sizes)
 
     def one_query_team(_, team_rows):
-        rows, head, counts, kept = team_rows
+        rows, head, counts, mask_rows = team_rows
+        kept = query_teams.index[mask_rows]
         q_team, do_team, sum_team, offset_team = (x[rows] for x in queries)
 
         def one_step(i, dq):
@@ -306,15 +310,16 @@ def _attend_bwd(spec, saved, cotangents):
         # A row that keeps nothing was handed some block to look at, which may hold NaN.
         return None, jnp.where((counts > 0)[:, None, None], dq, 0.0)
 
-    _, dq = jax.lax.scan(one_query_team, None, teams[:4])
-    dq = _unteam(dq, teams, q.shape)
+    _, dq = jax.lax.scan(one_query_team, None, query_teams[:4])
+    dq = _unteam(dq, query_teams, q.shape)
 
     # dk, dv: a team of key blocks, each over the query blocks that keep it.
     sizes = tiles(batch * heads * nk, nq, bk, bq)
-    teams = _teams(*_transposed(count, index), batch, sizes)
+    key_teams = _teams(*_transposed(count, index), batch, sizes)
 
     def one_key_team(_, team_rows):
-        rows, head, counts, kept = team_rows
+        rows, head, counts, mask_rows = team_rows
+        kept = key_teams.index[mask_rows]
         k_team, v_team = (x[rows] for x in keys)
 
         def one_step(i, state):
@@ -329,8 +334,8 @@ def _attend_bwd(spec, saved, cotangents):
         grads = jax.lax.fori_loop(0, _steps(counts, sizes.step), one_step, start)
         return None, tuple(jnp.where((counts > 0)[:, None, None], x, 0.0) for x in grads)
 
-    _, (dk, dv) = jax.lax.scan(one_key_team, None, teams[:4])
-    dk, dv = _unteam(dk, teams, k.shape), _unteam(dv, teams, k.shape)
+    _, (dk, dv) = jax.lax.scan(one_key_team, None, key_teams[:4])
+    dk, dv = _unteam(dk, key_teams, k.shape), _unteam(dv, key_teams, k.shape)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
 
 
