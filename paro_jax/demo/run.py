@@ -20,7 +20,7 @@ from flax import nnx
 from tqdm import tqdm
 
 import calibrate
-from paro_jax import AttentionPlan, QuantSpec, metrics, policies, save_plan
+from paro_jax import AttentionPlan, QuantSpec, Width, metrics, policies, save_plan
 from paro_jax.demo import data, model, pictures
 from paro_jax.models import samplers, weights
 
@@ -29,7 +29,7 @@ GUIDANCE = 3.0
 BLOCK = (64, 64)
 DENSITIES = (0.5, 0.3, 0.2)
 BUCKETS = (0.0, 0.25, 0.5, 1.0)  # attention changes most in the first half of the schedule
-WIDTHS = ("bf16", "int8", "int4")
+WIDTHS: tuple[Width, ...] = ("bf16", "int8", "int4")
 # Training draws seeds below a million; these ranges, 2^40 apart, were never trained on and do not meet.
 CALIBRATION_SEED, DEMO_SEED = 1 << 40, 2 << 40
 
@@ -185,7 +185,9 @@ def run_demo(
     for scene in scenes:
         dense.append(generate(scene))
         tick("dense")
-    jobs = [(method, density, "bf16") for density in densities for method in ("PARO", "no reorder", "window")]
+    jobs: list[tuple[str, float, Width]] = [
+        (method, density, "bf16") for density in densities for method in ("PARO", "no reorder", "window")
+    ]
     jobs += [("PARO", density, width) for density in densities for width in WIDTHS[1:]]
     rows = [_row("dense", 1.0, "bf16", 1.0, dense, dense)]
     made: dict[tuple[str, float, str], list[tuple[np.ndarray, float]]] = {("dense", 1.0, "bf16"): dense}
