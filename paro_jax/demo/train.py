@@ -14,6 +14,7 @@ import concurrent.futures
 import functools
 import pathlib
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +103,7 @@ def main() -> None:
     params = nnx.to_pure_dict(params)
     # The rate falls with the share of the time that is gone, so a run always ends annealed; it enters as data.
     opt = optax.inject_hyperparams(lambda rate: optimiser(lambda _: rate))(rate=args.rate)
-    state = {
+    state: dict[str, Any] = {
         "params": params,
         "ema": jax.tree.map(jnp.copy, params),
         "opt": opt.init(params),
@@ -121,7 +122,7 @@ def main() -> None:
 
     manager = ocp.CheckpointManager(args.out.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2))
     if manager.latest_step() is not None:
-        state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
+        state = dict(manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state)))
         print(f"resumed at step {state['step']}, {state['seconds'] / 60:.1f} minutes in", flush=True)
 
     def plan(step: int, gone: float):
