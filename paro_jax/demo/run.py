@@ -186,7 +186,7 @@ def run_demo(
         dense.append(generate(scene))
         tick("dense")
     jobs: list[tuple[str, float, Width]] = [
-        (method, density, "bf16") for density in densities for method in ("PARO", "no reorder", "window")
+        (method, density, WIDTHS[0]) for density in densities for method in ("PARO", "no reorder", "window")
     ]
     jobs += [("PARO", density, width) for density in densities for width in WIDTHS[1:]]
     rows = [_row("dense", 1.0, "bf16", 1.0, dense, dense)]
