@@ -120,7 +120,7 @@ def _blocks(x: jax.Array, block: int) -> jax.Array:
 def _kept_blocks(i: jax.Array, kept: jax.Array, counts: jax.Array, step: int) -> tuple[jax.Array, jax.Array]:
     """Step i of a team: (kept blocks int32 [T, step], whether each is within its row's count)."""
     entry = i * step + jnp.arange(step, dtype=jnp.int32)
-    chosen = jax.lax.dynamic_slice(kept, (0, i * step), (kept.shape[0], step))
+    chosen = jax.lax.dynamic_slice_in_dim(kept, i * step, step, axis=1)
     return chosen, entry[None] < counts[:, None]
 
 

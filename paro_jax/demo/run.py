@@ -185,10 +185,10 @@ def run_demo(
     for scene in scenes:
         dense.append(generate(scene))
         tick("dense")
-    jobs: list[tuple[str, float, Width]] = [
-        (method, density, WIDTHS[0]) for density in densities for method in ("PARO", "no reorder", "window")
-    ]
-    jobs += [("PARO", density, width) for density in densities for width in WIDTHS[1:]]
+    methods = ("PARO", "no reorder", "window")
+    jobs: list[tuple[str, float, Width]] = []
+    for width, compared in zip(WIDTHS, (methods, methods[:1], methods[:1]), strict=True):
+        jobs.extend((method, density, width) for density in densities for method in compared)
     rows = [_row("dense", 1.0, "bf16", 1.0, dense, dense)]
     made: dict[tuple[str, float, str], list[tuple[np.ndarray, float]]] = {("dense", 1.0, "bf16"): dense}
     for method, density, width in jobs:
