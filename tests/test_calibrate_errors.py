@@ -183,7 +183,7 @@ def test_one_channel_more_is_another_sample(role):
     assert first != second
 
 
-@pytest.mark.parametrize("densities", [None, [], "0.5", (d for d in ())], ids=["None", "empty", "text", "empty generator"])
+@pytest.mark.parametrize("densities", [None, [], "0.5", (d for d in ())], ids=["None", "empty", "text", "spent"])
 def test_densities_that_are_none(densities):
     with pytest.raises(ValueError, match="densities must be a sequence of at least one density"):
         calibrate.make_plans(samples(), TokenGrid((64,)), densities=densities)
