@@ -24,7 +24,7 @@ from paro_jax import AttentionPlan, QuantSpec, Width, metrics, policies, save_pl
 from paro_jax.demo import data, model, pictures
 from paro_jax.models import samplers, weights
 
-STEPS = 16
+STEPS, QUICK_STEPS = 16, 6
 GUIDANCE = 3.0
 BLOCK = (64, 64)
 DENSITIES = (0.5, 0.3, 0.2)
@@ -134,7 +134,7 @@ def run_demo(
 ) -> Report:
     """The main job on real input; writes report.json, the plans and pictures to `out` and returns the report.
 
-    `prompts` held-out scenes (default 2) are drawn from `seed`. `quick` takes one prompt, half the steps, one density,
+    `prompts` held-out scenes (default 2) are drawn from `seed`. `quick` takes one prompt, few steps, one density,
     where nothing else is asked for. Report rows are averages over prompts of PSNR (dB), SSIM and cosine against the
     dense video from the same noise, the attention mass the masks keep on the dense run's own attention, and denoising
     seconds per video, compilation excluded.
@@ -148,7 +148,7 @@ def run_demo(
         raise ValueError(f"seed: expected 0 or more, found {seed}; choose another.")
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    steps = steps if steps is not None else STEPS // 2 if quick else STEPS
+    steps = steps if steps is not None else QUICK_STEPS if quick else STEPS
     if not 1 <= steps <= model.SCHEDULE.train_steps:
         raise ValueError(f"steps: expected 1 to {model.SCHEDULE.train_steps}, found {steps}; the default is {STEPS}.")
     densities = (0.3,) if quick else DENSITIES
