@@ -18,6 +18,7 @@ from jax import Array
 
 import paro_jax
 from paro_jax import AttentionPlan, Rope, TokenGrid
+from paro_jax.models._mapping import Rows
 from paro_jax.models.layers import (
     axis_rope,
     check_latents,
@@ -27,7 +28,6 @@ from paro_jax.models.layers import (
     rotate,
     timestep_embedding,
 )
-from paro_jax.models.weights import Rows
 
 POSITIONS = ("rope", "rope_slice", "sincos")
 

@@ -19,6 +19,7 @@ from jax import Array
 
 import paro_jax
 from paro_jax import AttentionPlan, Rope, TokenGrid
+from paro_jax.models._mapping import Rows
 from paro_jax.models.layers import (
     axis_rope,
     check_latents,
@@ -30,7 +31,6 @@ from paro_jax.models.layers import (
     split_heads,
     timestep_embedding,
 )
-from paro_jax.models.weights import Rows
 
 
 @dataclasses.dataclass(frozen=True)

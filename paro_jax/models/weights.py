@@ -6,12 +6,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,9 +19,8 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-
-class WeightsError(ValueError):
-    """A weight file that does not fit its model: names the file, what was expected, what was found, what to do."""
+from paro_jax.models import _published
+from paro_jax.models._mapping import Names, Rows, WeightsError, raise_if, sources  # noqa: F401
 
 
 def load[M: nnx.Module](build: Callable[[], M], path: str | os.PathLike, dtype=jnp.float32) -> M:
@@ -46,7 +43,7 @@ def load[M: nnx.Module](build: Callable[[], M], path: str | os.PathLike, dtype=j
                 shape = tuple(file.get_slice(name).get_shape())
                 if shape != shapes[name][1].shape:
                     problems.append(f"{name}: expected shape {shapes[name][1].shape}, found {shape}")
-            _raise_if(problems, path)
+            raise_if(problems, path)
             flat = [
                 (key, nnx.Param(jnp.asarray(file.get_tensor(name), dtype=dtype))) for name, (key, _) in shapes.items()
             ]
@@ -74,93 +71,7 @@ def save(module: nnx.Module, path: str | os.PathLike, dtype: Any = jnp.bfloat16)
             os.remove(temporary)
 
 
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """A module that is part of a fused one: the rows (output channels) of `name` in these ranges, in this order."""
-
-    name: str
-    ranges: tuple[tuple[int, int], ...]
-
-
-Names = Mapping[str, "str | Rows"]  # our module (or bare parameter) -> theirs; "{}" stands for the number of the layer
-
 _READ = ("F64", "F32", "F16", "BF16")  # a file of fp8 or integers needs its scales: we do not guess them
-
-_THEIR_LEAF = {"kernel": "weight", "scale": "weight", "bias": "bias"}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """Where one of our parameters comes from: `keys` has one name, or one per layer of a stacked parameter."""
-
-    path: tuple[Any, ...]
-    shape: tuple[int, ...]
-    keys: tuple[str, ...]
-    ranges: tuple[tuple[int, int], ...]
-    stacked: bool
-    is_kernel: bool
-
-    @property
-    def piece(self) -> tuple[int, ...]:
-        """Our shape of one layer."""
-        return self.shape[1:] if self.stacked else self.shape
-
-    def problem(self, key: str, shape: tuple[int, ...], rows: int) -> str | None:
-        """A kernel of theirs has shape `[rows, ...]`, in any rank; the rest is shaped as ours but for axes of 1."""
-        if self.is_kernel:
-            ours = (rows, self.piece[0])
-            fits = len(shape) >= 2 and shape[0] == rows and math.prod(shape[1:]) == self.piece[0]
-        else:
-            ours = (rows, *self.piece[1:])
-            fits = [n for n in shape if n != 1] == [n for n in ours if n != 1]
-        return None if fits else f"{key}: expected shape {ours}, found {tuple(shape)}"
-
-    def store(self, theirs: np.ndarray, slot: np.ndarray) -> None:
-        """Their tensor into ours of one layer: rows chosen, transposed if a kernel, cast."""
-        if self.ranges:
-            theirs = np.concatenate([theirs[a:b] for a, b in self.ranges])
-        if not self.is_kernel:
-            slot[...] = theirs.reshape(self.piece)
-            return
-        theirs = theirs.reshape(len(theirs), -1)
-        # In narrow bands that stay in cache: transposing the whole at once is three to four times slower.
-        for row in range(0, len(theirs), 32):
-            slot[:, row : row + 32] = theirs[row : row + 32].T
-
-
-def sources(
-    build: Callable[[], nnx.Module], names: Names, found: Mapping[str, tuple[int, ...]], where: Any
-) -> list[_Source]:
-    """Where every parameter of `build()` comes from among tensors `found` (key -> shape).
-
-    Raises WeightsError with every missing, unexpected and mis-shaped key; `where` names the file in it.
-    """
-    params = nnx.to_flat_state(nnx.state(nnx.eval_shape(build), nnx.Param))
-    wanted: list[_Source] = []
-    for path, value in params:
-        *module, leaf = (str(k) for k in path)
-        bare = ".".join([*module, leaf])
-        theirs = names[bare if bare in names else ".".join(module)]
-        name, ranges = (theirs.name, theirs.ranges) if isinstance(theirs, Rows) else (theirs, ())
-        key = name if bare in names else f"{name}.{_THEIR_LEAF[leaf]}"
-        stacked = "{}" in key
-        shape = tuple(value.get_value().shape)
-        keys = tuple(key.format(i) for i in range(shape[0])) if stacked else (key,)
-        wanted.append(_Source(path, shape, keys, ranges, stacked, leaf == "kernel"))
-    # A fused tensor has as many rows as the furthest of its parts asks for.
-    rows: dict[str, int] = {}
-    for source in wanted:
-        last = max(b for _, b in source.ranges) if source.ranges else source.piece[-1 if source.is_kernel else 0]
-        for key in source.keys:
-            rows[key] = max(last, rows.get(key, 0))
-    problems = [f"missing {key}" for key in rows if key not in found]
-    problems += [f"unexpected {key}" for key in found if key not in rows]
-    for source in wanted:
-        for key in source.keys:
-            if key in found and (problem := source.problem(key, found[key], rows[key])) and problem not in problems:
-                problems.append(problem)
-    _raise_if(problems, where)
-    return wanted
 
 
 def from_diffusers[M: nnx.Module](
@@ -189,7 +100,7 @@ def from_diffusers[M: nnx.Module](
         slices = {key: file.get_slice(key) for key, file in files.items()}
         kinds = {key: str(part.get_dtype()) for key, part in slices.items()}
         problems += [f"{key}: expected {_READ}, found {kind}" for key, kind in kinds.items() if kind not in _READ]
-        _raise_if(problems, path)
+        raise_if(problems, path)
         found = {key: tuple(part.get_shape()) for key, part in slices.items()}
         flat = []
         for source in sources(build, names, found, path):
@@ -222,10 +133,41 @@ def _shards(path: pathlib.Path) -> list[pathlib.Path]:
     return files
 
 
-def _raise_if(problems: list[str], where: Any) -> None:
-    if problems:
-        shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        raise WeightsError(
-            f"{where} does not fit the model ({len(problems)} problems):\n  " + "\n  ".join(shown) + "\n"
-            "Check that file and model configuration belong together."
-        )
+def from_pretrained(
+    path: str | os.PathLike,
+    *,
+    model: str | _published.Config | None = None,
+    dtype: Any = jnp.bfloat16,
+    mesh: jax.sharding.Mesh | None = None,
+) -> nnx.Module:
+    """A published model: FLUX.1, CogVideoX or Wan, with its weights.
+
+    Args:
+      path: a folder as diffusers saves it, of the transformer or of the whole pipeline (its `transformer/` is taken;
+        for the second expert of Wan 2.2 A14B name `transformer_2/` itself), or one safetensors file.
+      model: None reads `config.json` beside the weights. Else a name of `PRESETS`, such as "flux-dev", or a config.
+      dtype: of the parameters.
+      mesh: devices to shard onto.
+
+    Raises:
+      WeightsError: names the file or key, what was expected, what was found, and what to do.
+    """
+    folder = pathlib.Path(path)
+    if (folder / "transformer").is_dir():
+        folder = folder / "transformer"
+    if model is None:
+        where = (folder if folder.is_dir() else folder.parent) / "config.json"
+        if not where.is_file():
+            raise WeightsError(f"{where}: no such file; name the model, one of {', '.join(_published.PRESETS)}.")
+        config = _published.config_from_diffusers(json.loads(where.read_text()), where)
+    elif isinstance(model, str):
+        if model not in _published.PRESETS:
+            raise WeightsError(f"model: expected one of {', '.join(_published.PRESETS)}; found {model!r}.")
+        config = _published.PRESETS[model]
+    else:
+        config = model
+    keys: dict[str, None] = {}
+    for file in _shards(folder):
+        with safe_open(os.fspath(file), framework="numpy") as opened:
+            keys.update(dict.fromkeys(opened.keys()))
+    return from_diffusers(lambda: _published.build(config), folder, _published.names(config, keys), dtype)
