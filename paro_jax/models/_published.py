@@ -6,13 +6,15 @@ A setting that our models cannot honour is refused by name; nothing in a `config
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 
 from paro_jax.models import cogvideox, flux, wan
-from paro_jax.models._mapping import Names, WeightsError
+from paro_jax.models._mapping import Names
+from paro_jax.models._safetensors import WeightsError
 
 Config = flux.FluxConfig | cogvideox.CogVideoXConfig | wan.WanConfig
 
@@ -30,28 +32,48 @@ PRESETS: dict[str, Config] = {
 }
 
 
+CLASSES: dict[type, type] = {
+    flux.FluxConfig: flux.Flux,
+    cogvideox.CogVideoXConfig: cogvideox.CogVideoX,
+    wan.WanConfig: wan.Wan,
+}
+
+
 def build(config: Config) -> nnx.Module:
     """The model of a config, with random weights."""
-    match config:
-        case flux.FluxConfig():
-            return flux.Flux(config, rngs=nnx.Rngs(0))
-        case cogvideox.CogVideoXConfig():
-            return cogvideox.CogVideoX(config, rngs=nnx.Rngs(0))
-        case wan.WanConfig():
-            return wan.Wan(config, rngs=nnx.Rngs(0))
+    return CLASSES[type(config)](config, rngs=nnx.Rngs(0))
 
 
-def names(config: Config, keys: Mapping[str, Any]) -> Names:
-    """Our modules -> those of the layout that `keys` are of: diffusers', or the authors' own where we read it."""
+def names(config: Config, keys: Iterable[str]) -> Names:
+    """Our modules -> those of the layout that `keys` are of: diffusers', or of FLUX and Wan the authors' own."""
     match config:
         case flux.FluxConfig():
             bfl = any(key.startswith("double_blocks.") for key in keys)
             return flux.bfl_names(config) if bfl else flux.diffusers_names(config)
+        case wan.WanConfig():
+            original = any(".self_attn." in key for key in keys)
+            return wan.original_names(config) if original else wan.diffusers_names(config)
         case cogvideox.CogVideoXConfig():
             return cogvideox.diffusers_names(config)
-        case wan.WanConfig():
-            return wan.diffusers_names(config)
 
+
+def dtypes(config: Config, dtype: Any) -> Callable[[str], Any]:
+    """Name of a parameter -> `dtype`, or float32 where the original computes in nothing less. None stays None."""
+    float32 = wan.FLOAT32 if isinstance(config, wan.WanConfig) else ()
+
+    def dtype_of(name: str) -> Any:
+        inside = any(name == module or name.startswith(f"{module}.") for module in float32)
+        return jnp.promote_types(dtype, jnp.float32) if inside and dtype is not None else dtype
+
+    return dtype_of
+
+
+# The first is diffusers'; the authors' own repositories have a config.json too, which has other keys.
+_THEIR_CLASSES: dict[type, tuple[str, ...]] = {
+    flux.FluxConfig: ("FluxTransformer2DModel",),
+    cogvideox.CogVideoXConfig: ("CogVideoXTransformer3DModel",),
+    wan.WanConfig: ("WanTransformer3DModel", "WanModel"),
+}
 
 # Constructor arguments of diffusers' classes with their defaults: what a `config.json` means that lacks them.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -122,7 +144,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 def config_from_diffusers(settings: Mapping[str, Any], where: Any) -> Config:
     """Our config of a diffusers `config.json`. `where` names the file in an error.
 
-    The grid that a plan is for (`frames`, `height`, `width`, `text_length`), where a `config.json` has none, is that of
+    The grid that a plan is for (`frames`, `height`, `width`, `text_length`) is, where a `config.json` has none, that of
     the published model with these hyperparameters, else the default of our config.
 
     Raises:
@@ -131,30 +153,54 @@ def config_from_diffusers(settings: Mapping[str, Any], where: Any) -> Config:
     name = settings.get("_class_name")
     if name not in _DEFAULTS:
         raise WeightsError(
-            f"{where}: _class_name: expected one of {', '.join(_DEFAULTS)}, found {name!r}; give the transformer's folder."
+            f"{where}: _class_name: expected one of {', '.join(_DEFAULTS)}, found {name!r}; name the folder of a "
+            "transformer that we have, or say with model= what the weights are of."
         )
-    problems = [
-        f"{key} = {value!r}: our {name} has no such setting"
-        for key, value in settings.items()
-        if not key.startswith("_") and key not in _DEFAULTS[name]
-    ]
-    given = {key: _tuple(settings.get(key, default)) for key, default in _DEFAULTS[name].items()}
-    needs, config = _READERS[name](given)
-    problems += [
-        f"{key} = {given[key]!r}: our {name} only has {' or '.join(map(repr, only))}"
-        for key, only in needs.items()
-        if given[key] not in only
-    ]
-    if problems:
+    defaults = _DEFAULTS[name]
+    given = {key: _tuple(value) for key, value in settings.items() if not key.startswith("_")}
+    problems = [f"{key} = {given[key]!r}, which is unknown to us" for key in given if key not in defaults]
+    for key, default in defaults.items():
+        if not _like(given.setdefault(key, default), default):
+            problems.append(f"{key} = {given[key]!r}, where a value like {default!r} is expected")
+    if not problems:
+        needs, config = _READERS[name](given)
+        problems = [
+            f"{key} = {given[key]!r}, where we have only {' or '.join(map(repr, only))}"
+            for key, only in needs.items()
+            if given[key] not in only
+        ]
+        if not problems:
+            return config
+    raise WeightsError(
+        f"{where}: settings that our {name} does not have: {'; '.join(problems)}. Use a text-to-image or text-to-video "
+        "checkpoint of FLUX.1, CogVideoX or Wan."
+    )
+
+
+def check_class(settings: Mapping[str, Any], config: Config, where: Any) -> None:
+    """WeightsError if a `config.json` is of another class of model than `config`."""
+    found = settings.get("_class_name")
+    expected = _THEIR_CLASSES[type(config)]
+    if found is not None and found not in expected:
         raise WeightsError(
-            f"{where}: settings that are not supported: {'; '.join(problems)}. Use a text-to-image or text-to-video "
-            "checkpoint of FLUX.1, CogVideoX or Wan."
+            f"{where}: _class_name: expected {expected[0]} for model={type(config).__name__}, found {found!r}; name "
+            "other weights or another model."
         )
-    return config
 
 
 def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _like(value: Any, default: Any) -> bool:
+    """Whether a value can stand where `default` does: of its type, and no size below 1."""
+    if default is None:
+        return value is None or type(value) in (int, float, str)
+    if isinstance(default, tuple):
+        return isinstance(value, tuple) and len(value) == len(default) and all(_like(v, 1) for v in value)
+    if isinstance(default, float):
+        return type(value) in (int, float)
+    return type(value) is type(default) and (type(value) is not int or value >= min(default, 1))
 
 
 def _published(config: Config, grid: tuple[str, ...]) -> Config:
@@ -168,8 +214,10 @@ def _published(config: Config, grid: tuple[str, ...]) -> Config:
 
 
 def _flux(given: Mapping[str, Any]) -> tuple[dict[str, tuple], Config]:
-    channels = given["in_channels"]
-    needs = {"patch_size": (1,), "out_channels": (None, channels)}
+    channels, axes = given["in_channels"], given["axes_dims_rope"]
+    if sum(axes) != given["attention_head_dim"] or any(n % 2 for n in axes):
+        axes = "even numbers that add up to attention_head_dim"
+    needs = {"patch_size": (1,), "out_channels": (None, channels), "axes_dims_rope": (axes,)}
     config = flux.FluxConfig(
         num_double=given["num_layers"],
         num_single=given["num_single_layers"],
@@ -187,6 +235,7 @@ def _flux(given: Mapping[str, Any]) -> tuple[dict[str, tuple], Config]:
 def _cogvideox(given: Mapping[str, Any]) -> tuple[dict[str, tuple], Config]:
     rotary, frames = given["use_rotary_positional_embeddings"], given["patch_size_t"]
     needs: dict[str, tuple] = {
+        "in_channels": (given["out_channels"],),  # more, where an image is a condition
         "flip_sin_to_cos": (True,),
         "freq_shift": (0,),
         "ofs_embed_dim": (None,),
@@ -201,6 +250,8 @@ def _cogvideox(given: Mapping[str, Any]) -> tuple[dict[str, tuple], Config]:
         # Of patches in space alone; a patch that spans frames always has its bias, whatever this says.
         "patch_bias": (True,) if frames is None else (True, False),
     }
+    if given["attention_head_dim"] % 16:
+        needs["attention_head_dim"] = ("multiples of 16, of which the axes rotate 4, 6 and 6",)
     if frames is not None:
         needs["use_rotary_positional_embeddings"] = (True,)
     config = cogvideox.CogVideoXConfig(
@@ -226,6 +277,7 @@ def _cogvideox(given: Mapping[str, Any]) -> tuple[dict[str, tuple], Config]:
 
 def _wan(given: Mapping[str, Any]) -> tuple[dict[str, tuple], Config]:
     needs = {
+        "in_channels": (given["out_channels"],),  # more, where an image is a condition
         "cross_attn_norm": (True,),
         "qk_norm": ("rms_norm_across_heads",),
         "eps": (1e-6,),

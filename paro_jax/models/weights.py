@@ -1,59 +1,121 @@
-"""Weights: safetensors in, one module out; every problem with them is collected and raised once.
+"""Weights: checkpoints in, one module out; every problem with them is collected and raised once.
 
-`load` and `save` use our own parameter names; `from_diffusers` reads a peer's, by a table that each model provides.
+`from_pretrained` reads the published models, as diffusers or their authors store them, or as `save_checkpoint` and
+`paro convert` do. `load` and `save` are for any module, in one safetensors file.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import pathlib
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
+from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
-from paro_jax.models import _published
-from paro_jax.models._mapping import Names, Rows, WeightsError, raise_if, sources  # noqa: F401
+from paro_jax import _files
+from paro_jax.models import _checkpoint, _published, _stream
+from paro_jax.models._checkpoint import check_free, load_checkpoint, save_checkpoint
+from paro_jax.models._mapping import Names, Rows, sources
+from paro_jax.models._published import PRESETS, Config
+from paro_jax.models._safetensors import Tensor, WeightsError, opened, read_json
+from paro_jax.models._stream import partition
+
+__all__ = [
+    "PRESETS",
+    "Config",
+    "Names",
+    "Rows",
+    "WeightsError",
+    "check_free",
+    "from_pretrained",
+    "load",
+    "load_checkpoint",
+    "partition",
+    "save",
+    "save_checkpoint",
+]
 
 
-def load[M: nnx.Module](build: Callable[[], M], path: str | os.PathLike, dtype=jnp.float32) -> M:
-    """The module of `build()` with the weights of a safetensors file whose tensors are named by parameter path.
+def from_pretrained(
+    path: str | os.PathLike,
+    *,
+    model: str | Config | None = None,
+    dtype: Any = jnp.bfloat16,
+    mesh: Mesh | None = None,
+    progress: bool = False,
+) -> nnx.Module:
+    """A published model, FLUX.1, CogVideoX or Wan (text to image and text to video), with its weights.
 
-    `build` is only traced, never run, so no random initialisation is paid for. Tensors are read one by one and cast to
-    `dtype` (None keeps the file's).
+    Memory: each parameter is read, cast and transposed band by band into its place, so that no second copy of the model
+    exists; on a mesh each device gets its shard alone.
+
+    Args:
+      path: a folder that diffusers saved, of the whole pipeline (its `transformer/` is taken) or of one transformer
+        (the other expert of Wan 2.2 A14B is `transformer_2/`); one safetensors file, in diffusers' layout or, for FLUX
+        and Wan, in their authors'; a folder that `paro convert` wrote; or, with the extra `[port]` and a network, what
+        diffusers has on the Hugging Face hub: "black-forest-labs/FLUX.1-dev", or with the name of the folder behind it,
+        "Wan-AI/Wan2.2-T2V-A14B-Diffusers/transformer_2".
+      model: None reads the `config.json` beside the weights. Else a name in `PRESETS`, such as "flux-dev", or a config:
+        that then decides, for a file that has no `config.json` or for another resolution.
+      dtype: of the parameters. What the originals keep in float32 (Wan's time embedding, its tables and the norm before
+        cross-attention) is never narrower than that. None keeps the dtypes of the file.
+      mesh: shards the parameters over it as `partition` says. None takes the mesh of `jax.set_mesh`, else one device.
+      progress: a bar on stderr, if that is a terminal.
 
     Raises:
-      WeightsError: a missing, half-written or foreign file; any missing, unexpected or mis-shaped tensor, all listed.
+      WeightsError: names the file, the key or the setting, what was expected, what was found and what to do: files that
+        are absent, incomplete, quantised or pickled, another class of model, a setting that our models do not have, and
+        every key that is missing, unexpected, mis-shaped or mapped twice.
     """
-    graph, params, rest = nnx.split(nnx.eval_shape(build), nnx.Param, ...)
-    shapes = {".".join(str(k) for k in p): (p, v.get_value()) for p, v in nnx.to_flat_state(params)}
-    try:
-        with safe_open(os.fspath(path), framework="numpy") as file:
-            found = set(file.keys())
-            problems = [f"missing {name}" for name in sorted(shapes.keys() - found)]
-            problems += [f"unexpected {name}" for name in sorted(found - shapes.keys())]
-            for name in sorted(found & shapes.keys()):
-                shape = tuple(file.get_slice(name).get_shape())
-                if shape != shapes[name][1].shape:
-                    problems.append(f"{name}: expected shape {shapes[name][1].shape}, found {shape}")
-            raise_if(problems, path)
-            flat = [
-                (key, nnx.Param(jnp.asarray(file.get_tensor(name), dtype=dtype))) for name, (key, _) in shapes.items()
-            ]
-    except FileNotFoundError as e:
-        raise WeightsError(f"{os.fspath(path)}: no such file; check the path.") from e
-    except SafetensorError as e:
-        raise WeightsError(
-            f"{os.fspath(path)} is not a complete safetensors file ({e}); fetch or export it again."
-        ) from e
-    return nnx.merge(graph, nnx.from_flat_state(flat), rest)
+    place = _locate(path)
+    wanted = _named(model) if isinstance(model, str) else model
+    if _checkpoint.is_one(place):
+        return load_checkpoint(place, config=wanted, dtype=dtype, mesh=mesh)
+    config = _config(place, wanted)
+
+    def names(found: dict[str, Tensor]) -> Names:
+        return _published.names(config, found)
+
+    return _load(lambda: _published.build(config), place, names, _published.dtypes(config, dtype), mesh, progress)
+
+
+def load[M: nnx.Module](
+    build: Callable[[], M],
+    path: str | os.PathLike,
+    dtype: Any = jnp.float32,
+    *,
+    names: Names | None = None,
+    mesh: Mesh | None = None,
+) -> M:
+    """The module of `build()` with the weights of a safetensors file, or of a folder with several and their index.
+
+    `build` is only traced, never run, so no random initialisation is paid for. `names`: our modules -> those of the
+    file, as `cogvideox.diffusers_names(config)` gives; None for a file of `save`. `dtype`, `mesh` and what is raised:
+    as `from_pretrained`.
+    """
+    return _load(build, Path(path), lambda _: names, lambda _: dtype, mesh, progress=False)
+
+
+def _load[M: nnx.Module](
+    build: Callable[[], M],
+    path: Path,
+    names: Callable[[dict[str, Tensor]], Names | None],
+    dtype_of: Callable[[str], Any],
+    mesh: Mesh | None,
+    progress: bool,
+) -> M:
+    graph, _, rest = nnx.split(nnx.eval_shape(build), nnx.Param, ...)
+    with opened(path) as (tensors, problems):
+        shapes = {key: tensor.shape for key, tensor in tensors.items()}
+        wanted = sources(build, names(tensors), shapes, path, problems)
+        state = _stream.read(wanted, tensors, dtype_of, _stream.mesh_or_current(mesh), progress)
+    return nnx.merge(graph, state, rest)
 
 
 def save(module: nnx.Module, path: str | os.PathLike, dtype: Any = jnp.bfloat16) -> None:
@@ -62,112 +124,60 @@ def save(module: nnx.Module, path: str | os.PathLike, dtype: Any = jnp.bfloat16)
         ".".join(str(k) for k in key): jax.device_get(value.get_value().astype(dtype))
         for key, value in nnx.to_flat_state(nnx.state(module, nnx.Param))
     }
-    temporary = f"{os.fspath(path)}.tmp"
+    with _files.replacing(Path(path)) as new:
+        save_file(flat, new)
+
+
+def _named(model: str) -> Config:
+    if model not in PRESETS:
+        raise WeightsError(f"model: expected one of {', '.join(PRESETS)}; found {model!r}.")
+    return PRESETS[model]
+
+
+def _config(place: Path, wanted: Config | None) -> Config:
+    """What the weights at `place` are of: `wanted`, or else their `config.json`; WeightsError if the two contradict."""
+    where = (place if place.is_dir() else place.parent) / "config.json"
+    if not where.exists():
+        if wanted is None:
+            raise WeightsError(f"{where}: no such file; say what the weights are of: model= {', '.join(PRESETS)}.")
+        return wanted
+    settings = read_json(where)
+    if wanted is None:
+        return _published.config_from_diffusers(settings, where)
+    _published.check_class(settings, wanted, where)
+    return wanted
+
+
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?")
+
+
+def _locate(path: str | os.PathLike) -> Path:
+    """The file or folder that has the weights themselves; from the hub if `path` names nothing here."""
+    place = Path(path).expanduser()
+    if not place.exists() and not place.is_symlink() and (hub := _HUB_ID.fullmatch(os.fspath(path))):
+        return _download(hub[1], hub[2] or "transformer")
+    if (place / "model_index.json").is_file() and not (place / "transformer").is_dir():
+        raise WeightsError(f"{place}: a pipeline without its transformer/; fetch that folder, or name where it is.")
+    return place / "transformer" if (place / "transformer").is_dir() else place
+
+
+def _download(name: str, folder: str) -> Path:
+    """A transformer from the Hugging Face hub, in its cache; WeightsError without the package or a network."""
+    advice = f"If a local folder was meant, there is no {name} here. Else "
     try:
-        save_file(flat, temporary)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-_READ = ("F64", "F32", "F16", "BF16")  # a file of fp8 or integers needs its scales: we do not guess them
-
-
-def from_diffusers[M: nnx.Module](
-    build: Callable[[], M], path: str | os.PathLike, names: Names, dtype: Any = jnp.float32
-) -> M:
-    """The module of `build()` with weights in a peer's names: a safetensors file, or a folder that diffusers saved.
-
-    `names`: our modules -> theirs, as `cogvideox.diffusers_names(config)` gives. `build` is only traced, never run.
-    Each parameter is read and cast to `dtype` once, layer by layer into its stack: no second copy of the model exists.
-
-    Raises:
-      WeightsError: no such file; a shard that is absent or cut short; quantised tensors; any missing, unexpected,
-        repeated or mis-shaped key.
-    """
-    graph, _, rest = nnx.split(nnx.eval_shape(build), nnx.Param, ...)
-    with contextlib.ExitStack() as stack:
-        files: dict[str, Any] = {}
-        problems = []
-        for file in _shards(pathlib.Path(path)):
-            try:
-                opened = stack.enter_context(safe_open(os.fspath(file), framework="numpy"))
-            except (SafetensorError, OSError) as e:
-                raise WeightsError(f"{file} is not a complete safetensors file ({e}); fetch it again.") from e
-            problems += [f"{key} is in two files, one of them {file.name}" for key in opened.keys() if key in files]
-            files.update(dict.fromkeys(opened.keys(), opened))
-        slices = {key: file.get_slice(key) for key, file in files.items()}
-        kinds = {key: str(part.get_dtype()) for key, part in slices.items()}
-        problems += [f"{key}: expected {_READ}, found {kind}" for key, kind in kinds.items() if kind not in _READ]
-        raise_if(problems, path)
-        found = {key: tuple(part.get_shape()) for key, part in slices.items()}
-        flat = []
-        for source in sources(build, names, found, path):
-            buffer = np.empty((len(source.keys), *source.piece), dtype)
-            for slot, key in zip(buffer, source.keys, strict=True):
-                source.store(files[key].get_tensor(key), slot)
-            flat.append((source.path, nnx.Param(jax.device_put(buffer if source.stacked else buffer[0]))))
-    return nnx.merge(graph, nnx.from_flat_state(flat), rest)
-
-
-def _shards(path: pathlib.Path) -> list[pathlib.Path]:
-    """The safetensors files of a file or folder, by its index where there is one."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise WeightsError(f"{path}: no such file or folder; check the path.")
-    indices = sorted(path.glob("*.safetensors.index.json"))
-    if len(indices) == 1:
-        names = set(json.loads(indices[0].read_text())["weight_map"].values())
-        absent = sorted(name for name in names if not (path / name).is_file())
-        if absent:
-            raise WeightsError(f"{path}: {indices[0].name} names files that are not there: {absent}; fetch them.")
-        return sorted(path / name for name in names)
-    files = sorted(path.glob("*.safetensors"))
-    if len(files) != 1:
+        import huggingface_hub
+    except ImportError as error:
         raise WeightsError(
-            f"{path}: expected one .safetensors file, or several and their .safetensors.index.json; found {len(files)} "
-            f"and {len(indices)} indices. Name the file, or the folder of the transformer."
-        )
-    return files
-
-
-def from_pretrained(
-    path: str | os.PathLike,
-    *,
-    model: str | _published.Config | None = None,
-    dtype: Any = jnp.bfloat16,
-    mesh: jax.sharding.Mesh | None = None,
-) -> nnx.Module:
-    """A published model: FLUX.1, CogVideoX or Wan, with its weights.
-
-    Args:
-      path: a folder as diffusers saves it, of the transformer or of the whole pipeline (its `transformer/` is taken;
-        for the second expert of Wan 2.2 A14B name `transformer_2/` itself), or one safetensors file.
-      model: None reads `config.json` beside the weights. Else a name of `PRESETS`, such as "flux-dev", or a config.
-      dtype: of the parameters.
-      mesh: devices to shard onto.
-
-    Raises:
-      WeightsError: names the file or key, what was expected, what was found, and what to do.
-    """
-    folder = pathlib.Path(path)
-    if (folder / "transformer").is_dir():
-        folder = folder / "transformer"
-    if model is None:
-        where = (folder if folder.is_dir() else folder.parent) / "config.json"
-        if not where.is_file():
-            raise WeightsError(f"{where}: no such file; name the model, one of {', '.join(_published.PRESETS)}.")
-        config = _published.config_from_diffusers(json.loads(where.read_text()), where)
-    elif isinstance(model, str):
-        if model not in _published.PRESETS:
-            raise WeightsError(f"model: expected one of {', '.join(_published.PRESETS)}; found {model!r}.")
-        config = _published.PRESETS[model]
-    else:
-        config = model
-    keys: dict[str, None] = {}
-    for file in _shards(folder):
-        with safe_open(os.fspath(file), framework="numpy") as opened:
-            keys.update(dict.fromkeys(opened.keys()))
-    return from_diffusers(lambda: _published.build(config), folder, _published.names(config, keys), dtype)
+            f"{name}: expected a folder that exists, or the extra that downloads: pip install 'paro_jax[port]'."
+        ) from error
+    try:
+        root = huggingface_hub.snapshot_download(name, allow_patterns=[f"{folder}/*.safetensors", f"{folder}/*.json"])
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"{name} could not be fetched from the hub ({type(error).__name__}: {' '.join(str(error).split())[:300]}). "
+            f"{advice}check name, network, and for gated models your login and their licence."
+        ) from error
+    place = Path(root) / folder
+    if not place.is_dir():
+        raise WeightsError(f"{name} has no folder {folder}/; name a repository that diffusers can read.")
+    return place
