@@ -156,6 +156,8 @@ def _locate(path: str | os.PathLike) -> Path:
     place = Path(path).expanduser()
     if not place.exists() and not place.is_symlink() and (hub := _HUB_ID.fullmatch(os.fspath(path))):
         return _download(hub[1], hub[2] or "transformer")
+    if not place.exists():
+        raise WeightsError(f"{place}: no such file or folder; check the path.")
     if (place / "model_index.json").is_file() and not (place / "transformer").is_dir():
         raise WeightsError(f"{place}: a pipeline without its transformer/; fetch that folder, or name where it is.")
     return place / "transformer" if (place / "transformer").is_dir() else place
