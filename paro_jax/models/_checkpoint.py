@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from paro_jax import _files
 from paro_jax.models import _published, _stream
 from paro_jax.models._mapping import raise_if
-from paro_jax.models._published import Config
+from paro_jax.models._published import Config, Model
 from paro_jax.models._safetensors import WeightsError, read_json
 
 _KIND = "paro_jax.models"
@@ -29,7 +29,7 @@ def is_one(path: Path) -> bool:
     return (path / "config.json").is_file() and (path / "params").is_dir()
 
 
-def save_checkpoint(model: nnx.Module, path: str | os.PathLike, *, force: bool = False) -> None:
+def save_checkpoint(model: Model, path: str | os.PathLike, *, force: bool = False) -> None:
     """Write FLUX, CogVideoX or Wan to the folder `path`: parameters by orbax in `params/`, hyperparameters beside.
 
     Atomic: the folder appears whole or not at all. What is there already is an error; with `force` a checkpoint is
@@ -66,7 +66,7 @@ def save_checkpoint(model: nnx.Module, path: str | os.PathLike, *, force: bool =
 
 def load_checkpoint(
     path: str | os.PathLike, *, config: Config | None = None, dtype: Any = None, mesh: Mesh | None = None
-) -> nnx.Module:
+) -> Model:
     """The model in a folder of `save_checkpoint`, cast to `dtype` (None keeps it), sharded as `from_pretrained` does.
 
     `config`: used instead of the stored one, for another resolution. The mesh need not be the one of the saving.
