@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding
 
 from paro_jax import _files
 from paro_jax.models import _published, _stream
@@ -83,11 +84,11 @@ def load_checkpoint(
     _check(header, params, path)
     mesh = _stream.mesh_or_current(mesh)
     dtype_of = _published.dtypes(config, dtype)
-    device = SingleDeviceSharding(jax.config.jax_default_device or jax.local_devices()[0])
+    alone = jnp.zeros(()).sharding  # the default device
     how: dict[str, Any] = {}
     for key, value in nnx.to_flat_state(params):
         name, shape = ".".join(map(str, key)), value.get_value().shape
-        sharding = device if mesh is None else NamedSharding(mesh, _stream.partition(name, shape, mesh))
+        sharding = alone if mesh is None else NamedSharding(mesh, _stream.partition(name, shape, mesh))
         how[name] = ocp.ArrayRestoreArgs(dtype=dtype_of(name), sharding=sharding, global_shape=shape, strict=True)
     try:
         with _orbax() as checkpointer:
@@ -105,8 +106,11 @@ def check_free(path: str | os.PathLike, *, force: bool = False) -> Path:
     if os.path.lexists(place):
         if not force:
             raise WeightsError(f"{place} is there already; choose another folder, or replace it with force (--force).")
-        if not is_one(place) and (not place.is_dir() or any(place.iterdir())):
-            raise WeightsError(f"{place} holds something else than a converted checkpoint; choose another folder.")
+        if not place.is_dir() or any(place.iterdir()):
+            try:
+                _header(place)
+            except WeightsError as error:
+                raise WeightsError(f"{place} holds something else than a checkpoint; choose another folder.") from error
     try:
         _files.probe(place)
     except OSError as error:
