@@ -116,7 +116,7 @@ if action == "write":
     from safetensors.numpy import save_file
     from paro_jax.models._mapping import every_source
     tensors = {}
-    for source in every_source(build, cogvideox.diffusers_names(config)):
+    for source in every_source(nnx.state(nnx.eval_shape(build), nnx.Param), cogvideox.diffusers_names(config)):
         for key in source.keys:
             shape = source.piece[::-1] if source.is_kernel else source.piece
             tensors[key] = np.ones(shape, np.float32)

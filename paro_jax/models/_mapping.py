@@ -76,7 +76,7 @@ class Source:
 
 
 def sources(
-    build: Callable[[], nnx.Module],
+    build: Callable[[], nnx.Module] | nnx.State,
     names: Names | None,
     found: Mapping[str, tuple[int, ...]],
     where: Any,
@@ -84,12 +84,15 @@ def sources(
 ) -> list[Source]:
     """Where every parameter of `build()` comes from among tensors `found` (key -> shape). `names` None: they are ours.
 
+    `build` may also be the parameters themselves, abstract or not: tracing a model takes a good part of a second.
+
     Raises WeightsError with `problems` and every key that is missing, unexpected, mis-shaped, or mapped twice or in
     part; `where` names the file in it.
     """
-    if lost := [] if names is None else [_name(p) for p, _ in _parameters(build) if _theirs(p, names) is None]:
+    params = build if isinstance(build, nnx.State) else nnx.state(nnx.eval_shape(build), nnx.Param)
+    if lost := [] if names is None else [_name(p) for p, _ in nnx.to_flat_state(params) if _theirs(p, names) is None]:
         raise WeightsError(f"{where}: nothing in the file is mapped to {', '.join(lost)}; complete the table of names.")
-    wanted = every_source(build, names)
+    wanted = every_source(params, names)
     claims: dict[str, list[tuple[int, int, str]]] = {}
     for source in wanted:
         for key in source.keys:
@@ -114,13 +117,9 @@ def sources(
     return wanted
 
 
-def every_source(build: Callable[[], nnx.Module], names: Names | None) -> list[Source]:
-    """Where every parameter of `build()` comes from, by a table that has them all."""
-    return [_source(path, value.get_value().shape, names) for path, value in _parameters(build)]
-
-
-def _parameters(build: Callable[[], nnx.Module]) -> list[tuple[tuple, Any]]:
-    return list(nnx.to_flat_state(nnx.state(nnx.eval_shape(build), nnx.Param)))
+def every_source(params: nnx.State, names: Names | None) -> list[Source]:
+    """Where every one of `params` comes from, by a table that has them all."""
+    return [_source(path, value.get_value().shape, names) for path, value in nnx.to_flat_state(params)]
 
 
 def _name(path: tuple) -> str:

@@ -76,7 +76,8 @@ def run(gigabytes: float = 2.0, rounds: int = 5, folder: str | None = None) -> d
 
 def _write(file: Path, config: cogvideox.CogVideoXConfig) -> None:
     names, rng, tensors = cogvideox.diffusers_names(config), np.random.default_rng(0), {}
-    for source in _mapping.every_source(lambda: cogvideox.CogVideoX(config, rngs=nnx.Rngs(0)), names):
+    params = nnx.state(nnx.eval_shape(lambda: cogvideox.CogVideoX(config, rngs=nnx.Rngs(0))), nnx.Param)
+    for source in _mapping.every_source(params, names):
         for key in source.keys:
             shape = source.piece[::-1] if source.is_kernel else source.piece
             tensors[key] = rng.integers(0, 1 << 14, shape, np.uint16).view(ml_dtypes.bfloat16)

@@ -111,10 +111,10 @@ def _load[M: nnx.Module](
     mesh: Mesh | None,
     progress: bool,
 ) -> M:
-    graph, _, rest = nnx.split(nnx.eval_shape(build), nnx.Param, ...)
+    graph, params, rest = nnx.split(nnx.eval_shape(build), nnx.Param, ...)
     with opened(path) as (tensors, problems):
         shapes = {key: tensor.shape for key, tensor in tensors.items()}
-        wanted = sources(build, names(tensors), shapes, path, problems)
+        wanted = sources(params, names(tensors), shapes, path, problems)
         state = _stream.read(wanted, tensors, dtype_of, _stream.mesh_or_current(mesh), progress)
     return nnx.merge(graph, state, rest)
 
