@@ -18,6 +18,7 @@ from jax import Array
 
 import paro_jax
 from paro_jax import AttentionPlan, Rope, TokenGrid
+from paro_jax.models._mapping import Rows
 from paro_jax.models.layers import (
     axis_rope,
     check_latents,
@@ -27,7 +28,6 @@ from paro_jax.models.layers import (
     rotate,
     timestep_embedding,
 )
-from paro_jax.models.weights import Rows
 
 POSITIONS = ("rope", "rope_slice", "sincos")
 
@@ -89,7 +89,7 @@ COGVIDEOX_1_5_5B = CogVideoXConfig(frames=21, height=96, width=170, patch_frames
 
 
 def diffusers_names(config: CogVideoXConfig) -> dict[str, str | Rows]:
-    """Our modules -> those of diffusers' `CogVideoXTransformer3DModel`, for `weights.from_diffusers`."""
+    """Our modules -> those of diffusers' `CogVideoXTransformer3DModel`, for `weights.load`."""
     block = {
         "norm1.linear": "norm1.linear",
         "norm1.norm": "norm1.norm",
