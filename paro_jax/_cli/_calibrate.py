@@ -18,8 +18,8 @@ def add(commands: Any) -> None:
         help="decide orders and masks, write a plan file",
         description="Decide each head's order and mask from captured attention, and write a plan file. Of a published "
         "model, from its weights and encoded prompts (--model flux --weights DIR --embeddings FILE; what FILE holds "
-        "stands in paro_jax/_cli/_published.py), of the model that ships with paro_jax (--model demo), or of any model, "
-        "from a file of captures (--samples; what it holds stands in paro_jax/_cli/_captures.py).",
+        "stands in paro_jax/_cli/_published.py); of the model that ships with paro_jax (--model demo); or of any "
+        "model, from a file of captures (--samples; what it holds stands in paro_jax/_cli/_captures.py).",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(

@@ -98,8 +98,9 @@ def read(path: Path, most: int | None = None) -> Embeddings:
             f"{tensors['prompt_embeds'].shape[2]}] as of prompt_embeds; found {negative.shape}"
         )
     if most is not None:
-        rows = min(most, prompts)
-        tensors = {name: x[:rows] for name, x in tensors.items()}
+        if most > prompts:
+            raise UserError(f"--prompts: expected at most {prompts}, as many as {path.name} holds; found {most}")
+        tensors = {name: x[:most] for name, x in tensors.items()}
     return Embeddings(path, tensors)
 
 
@@ -117,7 +118,9 @@ class Recipe:
 
 def recipe(config: Config, args: argparse.Namespace) -> Recipe:
     """What the command line and the configuration come to; UserError for a size the model cannot have."""
-    # Pixels for each latent row and column. The VAE of Wan 2.2 5B, known by its 48 channels, halves twice more.
+    if args.shift is not None and not args.shift > 0:
+        raise UserError(f"--shift: expected a number above 0, such as 3; found {args.shift:g}")
+    # Pixels for each latent row and column. The VAE of Wan 2.2 5B, known by its 48 channels, halves once more.
     stride = 16 if isinstance(config, WanConfig) and config.in_channels == 48 else 8
     if isinstance(config, FluxConfig):
         if args.frames is not None:
