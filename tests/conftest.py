@@ -5,6 +5,8 @@ draws the same examples on every machine. No hook checks types: our pytrees hold
 which it would take for wrong arrays, and public functions check shapes themselves, with better words.
 """
 
+import sys
+
 import hypothesis
 import jax
 import numpy as np
@@ -14,6 +16,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile("paro", deadline=None, derandomize=True, database=None, print_blob=False)
 hypothesis.settings.load_profile("paro")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("parity", "live comparison with torch and diffusers (pytest -m parity)")
+    group.addoption("--peer-python", metavar="PATH", default=sys.executable, help="a python that has them")
+    group.addoption("--peer-seed", metavar="N", type=int, default=1, help="of the weights and inputs (default 1)")
 
 
 @pytest.fixture

@@ -1,13 +1,16 @@
 """Reads the fixtures of tests/golden/make_models.py."""
 
+import dataclasses
+import itertools
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from paro_jax import AttentionPlan, TokenGrid
 from paro_jax.models.weights import Rows, from_diffusers, sources
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
@@ -15,9 +18,9 @@ FOLDER = pathlib.Path(__file__).parent / "golden"
 Names = Mapping[str, str | Rows]
 
 
-def read(name: str) -> tuple[dict, dict, np.ndarray]:
+def read(name: str, folder: pathlib.Path = FOLDER) -> tuple[dict, dict, np.ndarray]:
     """weights under the peer's names, inputs by name, and the peer's output."""
-    tensors = load_file(FOLDER / f"{name}.safetensors")
+    tensors = load_file(folder / f"{name}.safetensors")
     weights, inputs = (
         {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in ("weights.", "input.")
     )
@@ -28,6 +31,14 @@ def load(weights: dict, build: Callable[[], nnx.Module], names: Names, folder: p
     """The module with these weights, by way of a file, as a user has them."""
     save_file(weights, folder / "weights.safetensors")
     return from_diffusers(build, folder / "weights.safetensors", names)
+
+
+def dense_plans(grid: TokenGrid, *, sites: int) -> Iterator[AttentionPlan]:
+    """Plans that keep every block, for two heads: every axis order and a brick order, another in each head and site."""
+    grid = dataclasses.replace(grid, bricks=((2,) * len(grid.shape),))
+    for pair in itertools.pairwise([*grid.orders, grid.orders[0]]):
+        order = [pair if site % 2 == 0 else pair[::-1] for site in range(sites)]
+        yield AttentionPlan.dense(grid, heads=2, sites=sites, order=order, block=(16, 32))
 
 
 def published(name: str) -> dict[str, tuple[int, ...]]:

@@ -1,14 +1,19 @@
-"""Makes the model fixtures: small models of diffusers with every weight random, their inputs and their outputs.
+"""Makes the fixtures: small models of diffusers with every weight random, their inputs and their outputs, and whole
+runs of its schedulers.
 
-    HF_HUB_OFFLINE=1 python tests/golden/make_models.py [NAME ...]
+    HF_HUB_OFFLINE=1 python tests/golden/make_models.py [--folder DIR] [--seed N] [NAME ...]
 
 Runs under Python 3.11 with torch==2.13.0 (CPU), diffusers==0.42.1 and safetensors, in an environment of its own: the
-suite only reads what this writes. `NAME.safetensors` holds "weights.*" under diffusers' names, "input.*" and "output";
-`NAME.keys.txt` the names and shapes of a published model at full size. Versions are recorded in the header.
+suite only reads what this writes. `NAME.safetensors` holds "weights.*" under diffusers' names, "input.*" and "output",
+or a run's "noise" and where it ends; `NAME.keys.txt` the names and shapes of a published model at full size. Versions
+are recorded in the header. Into another folder than this one it writes with whatever versions are installed:
+tests/test_live_parity.py runs it so, with another seed.
 """
 
+import argparse
 import ast
 import json
+import math
 import pathlib
 import sys
 
@@ -16,28 +21,42 @@ import diffusers
 import torch
 from diffusers import (
     CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
     CogVideoXTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
+    UniPCMultistepScheduler,
     WanTransformer3DModel,
 )
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers.schedulers import scheduling_dpm_cogvideox
 from safetensors.torch import save_file
 
-FOLDER = pathlib.Path(__file__).parent
 PINNED = {"torch": "2.13.0", "diffusers": "0.42.1"}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path(__file__).parent)
+    parser.add_argument("--seed", type=int, default=0, help="of every weight and input; 0 is that of the fixtures")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(FIXTURES)}")
+    return parser.parse_args()
 
 
 def versions() -> dict[str, str]:
     found = {"torch": torch.__version__.split("+")[0], "diffusers": diffusers.__version__}
-    if found != PINNED:
+    if found != PINNED and ARGUMENTS.folder.resolve() == pathlib.Path(__file__).parent.resolve():
         raise SystemExit(f"expected {PINNED}, found {found}; fixtures are compared across machines.")
     return found
 
 
-def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+def random(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(1000 * ARGUMENTS.seed + seed)
+
+
+def randomise(model: torch.nn.Module) -> torch.nn.Module:
     """Every parameter random, norm scales around 1: default values hide a missing norm or a swapped gate."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = random(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(torch.randn(p.shape, generator=generator) * 0.08)
@@ -47,14 +66,14 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def normal(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=random(seed))
 
 
 def write(name: str, model: torch.nn.Module, inputs: dict, output: torch.Tensor, config: dict) -> None:
     tensors = {f"weights.{k}": v for k, v in model.state_dict().items()}
     tensors |= {f"input.{k}": v for k, v in inputs.items()} | {"output": output}
     header = versions() | {"config": json.dumps(config)}
-    path = FOLDER / f"{name}.safetensors"
+    path = ARGUMENTS.folder / f"{name}.safetensors"
     save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, path, metadata=header)
     sys.stdout.write(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB, output std {output.std():.2f}\n")
 
@@ -63,7 +82,7 @@ def keys(name: str, build) -> None:
     with torch.device("meta"):
         state = build().state_dict()
     lines = [f"{key} {','.join(map(str, value.shape))}" for key, value in sorted(state.items())]
-    (FOLDER / f"{name}.keys.txt").write_text("\n".join(lines) + "\n")
+    (ARGUMENTS.folder / f"{name}.keys.txt").write_text("\n".join(lines) + "\n")
     sys.stdout.write(f"{name}.keys.txt: {len(lines)} tensors\n")
 
 
@@ -84,14 +103,25 @@ COGVIDEOX = dict(
 )
 
 
-def crop_region(grid: tuple[int, int], width: int, height: int):
-    """The pipeline's own function, taken from its file: importing the pipeline would want transformers."""
+def pipeline_parts(wanted) -> list[ast.AST]:
+    """Parts of CogVideoX's pipeline, taken from its file: importing the pipeline would want transformers."""
     file = pathlib.Path(diffusers.__file__).parent / "pipelines/cogvideo/pipeline_cogvideox.py"
+    return [n for n in ast.walk(ast.parse(file.read_text())) if wanted(n)]
+
+
+def crop_region(grid: tuple[int, int], width: int, height: int):
+    """The pipeline's own function."""
     name = "get_resize_crop_region_for_grid"
-    body = [n for n in ast.parse(file.read_text()).body if getattr(n, "name", "") == name]
     scope: dict = {}
-    exec(compile(ast.Module(body, []), str(file), "exec"), scope)
+    exec(compile(ast.Module(pipeline_parts(lambda n: getattr(n, "name", "") == name), []), name, "exec"), scope)
     return scope[name](grid, width, height)
+
+
+def dynamic_guidance(scale: float, steps: int, t: torch.Tensor) -> float:
+    """The pipeline's own expression for `use_dynamic_cfg`."""
+    (branch,) = pipeline_parts(lambda n: isinstance(n, ast.If) and ast.unparse(n.test) == "use_dynamic_cfg")
+    scope = {"math": math, "guidance_scale": scale, "num_inference_steps": steps, "t": t}
+    return eval(ast.unparse(branch.body[0].value), scope)
 
 
 def cogvideox(name: str, height: int = 8, width: int = 12, frames: int = 3, **options) -> None:
@@ -225,25 +255,65 @@ def flux_bfl() -> None:
     write("flux_dev_bfl", model, inputs, unpack(output, 16, 12), {"hidden_size": 32})
 
 
+def flow(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """A model that can be written in one line; t from 0 to 1000."""
+    return torch.tanh(0.7 * x + t / 1000) - 0.3 * x.roll(1, -1)
+
+
+def write_runs(name: str, tensors: dict[str, torch.Tensor]) -> None:
+    path = ARGUMENTS.folder / f"{name}.safetensors"
+    save_file(tensors, path, metadata=versions())
+    sys.stdout.write(f"{path.name}: {path.stat().st_size / 1e3:.1f} kB\n")
+
+
+def v_scheduler(kind, steps: int, shift: float):
+    """As CogVideoX's configuration sets it up."""
+    scheduler = kind(
+        prediction_type="v_prediction",
+        clip_sample=False,
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        snr_shift_scale=shift,
+    )
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
 def ddim() -> None:
-    """Whole runs of CogVideoX's DDIM with a model that can be written in one line."""
     tensors = {"noise": normal(2, 3, 4, seed=3)}
     for shift in (1.0, 3.0):
         for steps in (7, 30, 50):
-            scheduler = CogVideoXDDIMScheduler(
-                prediction_type="v_prediction",
-                clip_sample=False,
-                rescale_betas_zero_snr=True,
-                timestep_spacing="trailing",
-                snr_shift_scale=shift,
-            )
-            scheduler.set_timesteps(steps)
+            scheduler = v_scheduler(CogVideoXDDIMScheduler, steps, shift)
             x = tensors["noise"]
             for t in scheduler.timesteps:
-                v = torch.tanh(0.7 * x + t / 1000) - 0.3 * x.roll(1, -1)
-                x = scheduler.step(v, t, x, return_dict=False)[0]
+                x = scheduler.step(flow(x, t), t, x, return_dict=False)[0]
             tensors[f"shift{shift:g}.steps{steps}"] = x
-    save_file(tensors, FOLDER / "ddim.safetensors", metadata=versions())
+    write_runs("ddim", tensors)
+
+
+def dpm() -> None:
+    """CogVideoX's DPM; "guided" is a run with dynamic guidance. "fresh" is the noise that each step adds."""
+    tensors = {"noise": normal(2, 3, 4, seed=3), "fresh": normal(50, 2, 3, 4, seed=5)}
+
+    def run(steps: int, shift: float, predict) -> torch.Tensor:
+        scheduler = v_scheduler(CogVideoXDPMScheduler, steps, shift)
+        x, clean, before = tensors["noise"], None, None
+        for i, t in enumerate(scheduler.timesteps):
+            # The scheduler draws for itself, and where it draws twice it drops the first: both are this step's noise.
+            scheduling_dpm_cogvideox.randn_tensor = lambda shape, i=i, **_: tensors["fresh"][i]
+            x, clean = scheduler.step(predict(x, t, steps), clean, t, before, x, return_dict=False)
+            before = t
+        return x
+
+    def guided(x, t, steps):
+        without, prompted = flow(0.5 * x, t), flow(x, t)
+        return without + dynamic_guidance(6.0, steps, t) * (prompted - without)
+
+    for shift in (1.0, 3.0):
+        for steps in (1, 2, 7, 30, 50):
+            tensors[f"shift{shift:g}.steps{steps}"] = run(steps, shift, lambda x, t, steps: flow(x, t))
+    tensors["guided"] = run(50, 1.0, guided)
+    write_runs("dpm", tensors)
 
 
 def flow_euler() -> None:
@@ -262,10 +332,26 @@ def flow_euler() -> None:
         scheduler.set_timesteps(sigmas=[1 + (1 / steps - 1) * i / (steps - 1) for i in range(steps)], mu=mu)
         x = tensors["noise"]
         for t in scheduler.timesteps:
-            flow = torch.tanh(0.7 * x + t / 1000) - 0.3 * x.roll(1, -1)
-            x = scheduler.step(flow, t, x, return_dict=False)[0]
+            x = scheduler.step(flow(x, t), t, x, return_dict=False)[0]
         tensors[name] = x
-    save_file(tensors, FOLDER / "flow_euler.safetensors", metadata=versions())
+    write_runs("flow_euler", tensors)
+
+
+def unipc() -> None:
+    """UniPC as Wan's configuration sets it up, at its shifts for 480p, 720p and Wan 2.2."""
+    tensors = {"noise": normal(2, 3, 4, seed=3)}
+    for shift in (3.0, 5.0, 12.0):
+        for steps in (1, 2, 3, 7, 30, 50):
+            scheduler = UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, solver_order=2
+            )
+            scheduler.set_timesteps(steps)
+            x = tensors["noise"]
+            scheduler.set_begin_index(0)
+            for t in scheduler.timesteps:
+                x = scheduler.step(flow(x, t), t, x, return_dict=False)[0]
+            tensors[f"shift{shift:g}.steps{steps}"] = x
+    write_runs("unipc", tensors)
 
 
 COGVIDEOX_5B = dict(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True)
@@ -279,6 +365,7 @@ FIXTURES = {
     ),
     "cogvideox_keys": lambda: keys("cogvideox_5b", lambda: CogVideoXTransformer3DModel(**COGVIDEOX_5B)),
     "ddim": ddim,
+    "dpm": dpm,
     "flow_euler": flow_euler,
     "flux_dev": lambda: flux("flux_dev", guided=True),
     "flux_schnell": lambda: flux("flux_schnell", guided=False),
@@ -298,11 +385,13 @@ FIXTURES = {
             axes_dim=[16, 56, 56],
         ),
     ),
+    "unipc": unipc,
     "wan": lambda: wan("wan", torch.tensor([987.0, 41.0])),
     "wan_per_token": lambda: wan("wan_per_token", (normal(2, 72, seed=4).abs() * 300).round()),
     "wan_keys": lambda: keys("wan_14b", WanTransformer3DModel),
 }
 
 if __name__ == "__main__":
-    for fixture in sys.argv[1:] or FIXTURES:
+    ARGUMENTS = arguments()
+    for fixture in ARGUMENTS.names or FIXTURES:
         FIXTURES[fixture]()
