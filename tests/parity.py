@@ -11,7 +11,9 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from paro_jax import AttentionPlan, TokenGrid
-from paro_jax.models.weights import Rows, from_diffusers, sources
+from paro_jax.models._mapping import sources
+from paro_jax.models.weights import Rows
+from paro_jax.models.weights import load as load_weights
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 
@@ -30,7 +32,7 @@ def read(name: str, folder: pathlib.Path = FOLDER) -> tuple[dict, dict, np.ndarr
 def load(weights: dict, build: Callable[[], nnx.Module], names: Names, folder: pathlib.Path):
     """The module with these weights, by way of a file, as a user has them."""
     save_file(weights, folder / "weights.safetensors")
-    return from_diffusers(build, folder / "weights.safetensors", names)
+    return load_weights(build, folder / "weights.safetensors", names=names)
 
 
 def dense_plans(grid: TokenGrid, *, sites: int) -> Iterator[AttentionPlan]:

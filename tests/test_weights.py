@@ -1,4 +1,8 @@
-"""Weight files: round trip, and every problem named at once."""
+"""Weight files: round trip, every problem named at once, tables that map whole, and memory that a model needs once."""
+
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +11,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from paro_jax.models.weights import WeightsError, load, save
+from paro_jax.models._mapping import sources
+from paro_jax.models.weights import Rows, WeightsError, load, save
 
 
 class Net(nnx.Module):
@@ -68,3 +73,71 @@ def test_a_failed_save_leaves_the_old_file(file, monkeypatch):
     with pytest.raises(OSError):
         save(Net(rngs=nnx.Rngs(2)), file)
     assert file.read_bytes() == before and list(file.parent.iterdir()) == [file]
+
+
+# --- tables of names ------------------------------------------------------------------------------------------------
+
+FOUND = {"one.weight": (3, 2), "one.bias": (3,), "two.weight": (3,), "two.bias": (3,)}
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        ({"a": "one", "b": "one"}, "one.weight is mapped twice, to a.kernel and b.scale"),
+        ({"a": Rows("one", ((0, 1), (1, 2), (1, 2))), "b": "two"}, "one.bias is mapped twice, to a.bias and a.bias"),
+        ({"a": Rows("one", ((2, 5),)), "b": "two"}, "one.weight: rows 0 to 2 are mapped to nothing"),
+        ({"a": "one"}, "nothing in the file is mapped to b.bias, b.scale"),
+    ],
+)
+def test_a_table_that_is_not_one_to_one_is_refused(names, says):
+    with pytest.raises(WeightsError) as caught:
+        sources(build, names, FOUND, "here")
+    assert says in str(caught.value), str(caught.value)
+
+
+# --- memory and devices, each in a process of its own ---------------------------------------------------------------
+
+MEMORY = """
+import resource, sys
+import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+from paro_jax.models import cogvideox, weights
+
+config = cogvideox.CogVideoXConfig(num_layers=8, num_heads=8, text_embed_dim=64)
+build = lambda: cogvideox.CogVideoX(config, rngs=nnx.Rngs(0))
+path, action = sys.argv[1:]
+if action == "write":
+    from safetensors.numpy import save_file
+    from paro_jax.models._mapping import every_source
+    tensors = {}
+    for source in every_source(build, cogvideox.diffusers_names(config)):
+        for key in source.keys:
+            shape = source.piece[::-1] if source.is_kernel else source.piece
+            tensors[key] = np.ones(shape, np.float32)
+    save_file(tensors, path)
+else:
+    weights.load(lambda: nnx.Linear(1, 1, rngs=nnx.Rngs(0)), path.replace("big", "small"))  # what loading imports
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    model = weights.from_pretrained(path, model=config, dtype=jnp.float32)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    print(peak / sum(x.nbytes for x in jax.tree.leaves(nnx.state(model, nnx.Param))))
+"""
+
+
+@pytest.mark.slow
+def test_a_model_is_in_memory_once(tmp_path):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    # What an allocator keeps for later is not what loading needs.
+    environment = {key: value for key, value in environment.items() if not key.startswith("MALLOC_")}
+    save(nnx.Linear(1, 1, rngs=nnx.Rngs(0)), tmp_path / "small.safetensors")
+
+    def run(action):
+        command = [sys.executable, "-c", MEMORY, str(tmp_path / "big.safetensors"), action]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    run("write")
+    peak = float(run("load"))
+    # Below 1 it would not be the whole model; at 2 there would be two.
+    assert 0.9 < peak <= 1.2, peak

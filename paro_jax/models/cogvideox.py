@@ -19,6 +19,7 @@ from jax import Array
 
 import paro_jax
 from paro_jax import AttentionPlan, Rope, TokenGrid
+from paro_jax.models._mapping import Rows
 from paro_jax.models.layers import (
     Heads,
     axis_rope,
@@ -30,7 +31,6 @@ from paro_jax.models.layers import (
     rotate,
     timestep_embedding,
 )
-from paro_jax.models.weights import Rows
 
 POSITIONS = ("rope", "rope_slice", "sincos")
 

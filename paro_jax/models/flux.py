@@ -20,6 +20,7 @@ from jax import Array
 
 import paro_jax
 from paro_jax import AttentionPlan, Rope, TokenGrid
+from paro_jax.models._mapping import Rows
 from paro_jax.models.layers import (
     Heads,
     axis_rope,
@@ -33,7 +34,6 @@ from paro_jax.models.layers import (
     split_heads,
     timestep_embedding,
 )
-from paro_jax.models.weights import Rows
 
 
 @dataclasses.dataclass(frozen=True)

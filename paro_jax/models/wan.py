@@ -96,6 +96,28 @@ def diffusers_names(config: WanConfig) -> dict[str, str]:
 
 _ATTENTIONS = {"attention": "attn1", "cross": "attn2"}
 
+# What the original keeps in float32 whatever the rest is.
+FLOAT32 = ("time_in", "time_out", "table", "blocks.table", "blocks.norm_cross")
+
+
+def original_names(config: WanConfig) -> dict[str, str]:
+    """Our modules -> those of the authors' own file. Its `norm3` is what diffusers calls `norm2`."""
+    attention = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "o", "norm_q": "norm_q", "norm_k": "norm_k"}
+    block = {f"attention.{ours}": f"self_attn.{theirs}" for ours, theirs in attention.items()}
+    block |= {f"cross.{ours}": f"cross_attn.{theirs}" for ours, theirs in attention.items()}
+    block |= {"norm_cross": "norm3", "mlp_in": "ffn.0", "mlp_out": "ffn.2", "table": "modulation"}
+    return {
+        "patch": "patch_embedding",
+        "text_in": "text_embedding.0",
+        "text_out": "text_embedding.2",
+        "time_in": "time_embedding.0",
+        "time_out": "time_embedding.2",
+        "modulation": "time_projection.1",
+        **{f"blocks.{ours}": f"blocks.{{}}.{theirs}" for ours, theirs in block.items()},
+        "table": "head.modulation",
+        "proj_out": "head.head",
+    }
+
 
 def rope_3d(grid: tuple[int, ...], head_dim: int, theta: float = 10000.0) -> Rope:
     """Rotation tables `[F*H*W, head_dim / 2]`: 2 (D // 6) channels for height, as many for width, the rest for time."""
