@@ -79,7 +79,7 @@ for kind, colour in zip(kinds, ("tab:blue", "tab:orange", "tab:green", "tab:gray
     width = np.array([sizes.get((group, kind), 0) for group in groups])
     ax.barh(groups, width, left=left, color=colour, label=kind)
     left += width
-ax.set(xlabel="parameters, billions", title=f"FLUX.1-dev: {left.sum():.2f} billion parameters")
+ax.set(xlabel="parameters, billions", xlim=(0, 6), title=f"FLUX.1-dev: {left.sum():.2f} billion parameters")
 ax.legend(fontsize=8)
 plt.show()
 

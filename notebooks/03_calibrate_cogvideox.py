@@ -37,7 +37,7 @@ from paro_jax.demo.run import load_model
 from paro_jax.models import samplers
 
 # %% tags=["parameters"]
-STEPS = 16  # of denoising
+STEPS = 10  # of denoising
 DENSITY = 0.4  # the part of all blocks that we want to compute
 BLOCK = 64  # tokens along each side of a block
 FRAMES, HEIGHT, WIDTH = CONFIG.frames, CONFIG.height, CONFIG.width  # of the latent video

@@ -161,11 +161,12 @@ plt.show()
 #
 # `PAROAttention` is a module that goes where Flax takes an `attention_fn`. It holds the plan in a Variable, so the
 # scan hands each layer its own part, a checkpoint can save it, and the optimizer, which asks for `nnx.Param`, never
-# sees it.
+# sees it. (`nnx.data`, because the slot held a plain function before; given to the constructor of
+# `nnx.MultiHeadAttention` it needs no such word.)
 
 # %%
 fast = nnx.clone(model)
-fast.blocks.attention.attention_fn = paro_jax.flax.PAROAttention(plan)
+fast.blocks.attention.attention_fn = nnx.data(paro_jax.flax.PAROAttention(plan))
 
 traces = []
 

@@ -75,8 +75,7 @@ class WanModel(nnx.Module):
     def __init__(self, layers, kernel, scan_layers, rngs):
         self.scan_layers = scan_layers
         if scan_layers:
-            make = nnx.vmap(lambda r: WanBlock(kernel, r), in_axes=0, out_axes=0)
-            self.blocks = make(rngs.fork(split=layers))
+            self.blocks = nnx.vmap(lambda r: WanBlock(kernel, r))(rngs.split(layers))
         else:
             self.blocks = nnx.data([WanBlock(kernel, rngs) for _ in range(layers)])
 
