@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding
 
 from paro_jax import _files
 from paro_jax.models import _published, _stream
-from paro_jax.models._published import Config
+from paro_jax.models._mapping import raise_if
+from paro_jax.models._published import Config, Model
 from paro_jax.models._safetensors import WeightsError, read_json
 
 _KIND = "paro_jax.models"
@@ -28,7 +30,7 @@ def is_one(path: Path) -> bool:
     return (path / "config.json").is_file() and (path / "params").is_dir()
 
 
-def save_checkpoint(model: nnx.Module, path: str | os.PathLike, *, force: bool = False) -> None:
+def save_checkpoint(model: Model, path: str | os.PathLike, *, force: bool = False) -> None:
     """Write FLUX, CogVideoX or Wan to the folder `path`: parameters by orbax in `params/`, hyperparameters beside.
 
     Atomic: the folder appears whole or not at all. What is there already is an error; with `force` a checkpoint is
@@ -49,8 +51,13 @@ def save_checkpoint(model: nnx.Module, path: str | os.PathLike, *, force: bool =
     try:
         new.mkdir()
         with _orbax() as checkpointer:
-            checkpointer.save(new / "params", nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-        (new / "config.json").write_text(json.dumps(header | {"config": dataclasses.asdict(config)}, indent=1) + "\n")
+            checkpointer.save(new / "params", _params(model))
+        header |= {
+            "config": dataclasses.asdict(config),
+            "params": {name: x.shape for name, x in _params(model).items()},
+            "files": _sizes(new),
+        }
+        (new / "config.json").write_text(json.dumps(header, indent=1) + "\n")
         _put(new, path)
     except OSError as error:
         raise WeightsError(f"{path} could not be written ({error}); what was there is as it was.") from error
@@ -60,7 +67,7 @@ def save_checkpoint(model: nnx.Module, path: str | os.PathLike, *, force: bool =
 
 def load_checkpoint(
     path: str | os.PathLike, *, config: Config | None = None, dtype: Any = None, mesh: Mesh | None = None
-) -> nnx.Module:
+) -> Model:
     """The model in a folder of `save_checkpoint`, cast to `dtype` (None keeps it), sharded as `from_pretrained` does.
 
     `config`: used instead of the stored one, for another resolution. The mesh need not be the one of the saving.
@@ -71,27 +78,26 @@ def load_checkpoint(
     import orbax.checkpoint as ocp
 
     path = Path(os.path.realpath(Path(path).expanduser()))
-    config = _stored_config(path) if config is None else _same_weights(config, path)
+    header = _header(path)
+    config = _config_for(header, path, config)
     graph, params, rest = nnx.split(nnx.eval_shape(lambda: _published.build(config)), nnx.Param, ...)
+    _check(header, params, path)
     mesh = _stream.mesh_or_current(mesh)
     dtype_of = _published.dtypes(config, dtype)
-    device = SingleDeviceSharding(jax.config.jax_default_device or jax.local_devices()[0])
-    flat, how = [], []
+    alone = jnp.zeros(()).sharding  # the default device
+    how: dict[str, Any] = {}
     for key, value in nnx.to_flat_state(params):
         name, shape = ".".join(map(str, key)), value.get_value().shape
-        sharding = device if mesh is None else NamedSharding(mesh, _stream.partition(name, shape, mesh))
-        flat.append(key)
-        how.append(ocp.ArrayRestoreArgs(dtype=dtype_of(name), sharding=sharding, global_shape=shape, strict=True))
+        sharding = alone if mesh is None else NamedSharding(mesh, _stream.partition(name, shape, mesh))
+        how[name] = ocp.ArrayRestoreArgs(dtype=dtype_of(name), sharding=sharding, global_shape=shape, strict=True)
     try:
         with _orbax() as checkpointer:
-            restored = checkpointer.restore(
-                path / "params", args=ocp.args.PyTreeRestore(restore_args=_nested(flat, how))
-            )
+            found = checkpointer.restore(path / "params", args=ocp.args.PyTreeRestore(restore_args=how))
     except (ValueError, KeyError, TypeError, OSError) as error:
         what = " ".join(str(error).split())[:300]
-        raise WeightsError(f"{path / 'params'} is damaged or of another model ({what}); convert it again.") from error
-    nnx.replace_by_pure_dict(params, restored)
-    return nnx.merge(graph, params, rest)
+        raise WeightsError(f"{path / 'params'} is damaged ({what}); convert it again.") from error
+    flat = [(key, value.replace(found[".".join(map(str, key))])) for key, value in nnx.to_flat_state(params)]
+    return nnx.merge(graph, nnx.from_flat_state(flat), rest)
 
 
 def check_free(path: str | os.PathLike, *, force: bool = False) -> Path:
@@ -100,8 +106,11 @@ def check_free(path: str | os.PathLike, *, force: bool = False) -> Path:
     if os.path.lexists(place):
         if not force:
             raise WeightsError(f"{place} is there already; choose another folder, or replace it with force (--force).")
-        if not is_one(place) and (not place.is_dir() or any(place.iterdir())):
-            raise WeightsError(f"{place} holds something else than a converted checkpoint; choose another folder.")
+        if not place.is_dir() or any(place.iterdir()):
+            try:
+                _header(place)
+            except WeightsError as error:
+                raise WeightsError(f"{place} holds something else than a checkpoint; choose another folder.") from error
     try:
         _files.probe(place)
     except OSError as error:
@@ -123,7 +132,7 @@ def _put(new: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _stored_config(path: Path) -> Config:
+def _header(path: Path) -> dict[str, Any]:
     where = path / "config.json"
     header = read_json(where)
     if header.get("kind") != _KIND:
@@ -132,30 +141,54 @@ def _stored_config(path: Path) -> Config:
         )
     if header.get("schema") != _SCHEMA:
         raise WeightsError(f"{where}: expected schema {_SCHEMA}, found {header.get('schema')!r}; update paro_jax.")
+    return header
+
+
+def _config_for(header: dict[str, Any], path: Path, wanted: Config | None) -> Config:
+    """`wanted`, which must be of the class of the stored config, or else that."""
     classes = {module.__name__: config for config, module in _published.CLASSES.items()}
     try:
         values = {key: tuple(v) if isinstance(v, list) else v for key, v in header["config"].items()}
-        return classes[header["model"]](**values)
+        stored = classes[header["model"]](**values)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise WeightsError(f"{where}: not a configuration of ours ({error}); convert the weights again.") from error
+        raise WeightsError(
+            f"{path / 'config.json'}: not a configuration of ours ({error}); convert it again."
+        ) from error
+    if wanted is not None and type(stored) is not type(wanted):
+        raise WeightsError(f"{path}: expected weights for {type(wanted).__name__}, found {type(stored).__name__}.")
+    return stored if wanted is None else wanted
 
 
-def _same_weights(config: Config, path: Path) -> Config:
-    """`config`, or WeightsError if the checkpoint is of another class."""
-    stored = _stored_config(path)
-    if type(stored) is not type(config):
-        raise WeightsError(f"{path}: expected weights for {type(config).__name__}, found {type(stored).__name__}.")
-    return config
+def _check(header: dict[str, Any], params: nnx.State, path: Path) -> None:
+    """WeightsError unless every file has its size and every parameter its shape: orbax would notice one at a time."""
+    files, stored = header.get("files"), header.get("params")
+    if not isinstance(files, dict) or not isinstance(stored, dict):
+        raise WeightsError(f"{path / 'config.json'}: expected files and params, found none; convert it again.")
+    sizes = _sizes(path)
+    for name, size in files.items():
+        if sizes.get(name) != size:
+            raise WeightsError(
+                f"{path / name}: expected {size} bytes, found {sizes.get(name, 'no file')}; copy it again."
+            )
+    wanted = {".".join(map(str, key)): list(value.get_value().shape) for key, value in nnx.to_flat_state(params)}
+    problems = [f"missing {name}" for name in wanted if name not in stored]
+    problems += [f"unexpected {name}" for name in stored if name not in wanted]
+    problems += [
+        f"{name}: expected shape {tuple(shape)}, found {tuple(stored[name])}"
+        for name, shape in wanted.items()
+        if name in stored and stored[name] != shape
+    ]
+    raise_if(problems, path)
 
 
-def _nested(keys: list[tuple], values: list[Any]) -> dict[Any, Any]:
-    tree: dict[Any, Any] = {}
-    for (*above, leaf), value in zip(keys, values, strict=True):
-        branch = tree
-        for key in above:
-            branch = branch.setdefault(key, {})
-        branch[leaf] = value
-    return tree
+def _params(model: nnx.Module) -> dict[str, jax.Array]:
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {".".join(map(str, key)): value.get_value() for key, value in flat}
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    """Bytes of every file in `params/`, by its path from the checkpoint's folder."""
+    return {p.relative_to(path).as_posix(): p.stat().st_size for p in sorted(path.glob("params/**/*")) if p.is_file()}
 
 
 def _orbax() -> Any:

@@ -17,6 +17,7 @@ from paro_jax.models._mapping import Names
 from paro_jax.models._safetensors import WeightsError
 
 Config = flux.FluxConfig | cogvideox.CogVideoXConfig | wan.WanConfig
+Model = flux.Flux | cogvideox.CogVideoX | wan.Wan
 
 # Names for `from_pretrained(model=)` and the command line. Both experts of Wan 2.2 A14B have one configuration.
 PRESETS: dict[str, Config] = {
@@ -39,7 +40,7 @@ CLASSES: dict[type, type] = {
 }
 
 
-def build(config: Config) -> nnx.Module:
+def build(config: Config) -> Model:
     """The model of a config, with random weights."""
     return CLASSES[type(config)](config, rngs=nnx.Rngs(0))
 

@@ -205,6 +205,5 @@ def _header(file: Path, stream: Any) -> dict[str, tuple[str, tuple[int, ...], in
             raise
         raise broken(f"its header cannot be understood: {type(error).__name__} {error}") from error
     if 8 + length + end != size:
-        verb = "is cut short: it" if size < 8 + length + end else "has bytes to spare: it"
-        raise broken(f"{verb} has {size} bytes of {8 + length + end}")
+        raise broken(f"it has {size} bytes of {8 + length + end}")
     return tensors

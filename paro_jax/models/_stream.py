@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -78,7 +79,7 @@ def _parameter(
     local: threading.local,
     bar: tqdm,
 ) -> jax.Array:
-    dtype = np.dtype(dtype or np.result_type(*{tensors[key].dtype for key in source.keys}))
+    dtype = np.dtype(dtype or jnp.result_type(*{tensors[key].dtype for key in source.keys}))
     whole: Bounds = tuple((0, n) for n in source.shape)
     sharding, places = None, {None: whole}
     if mesh is not None:
@@ -139,7 +140,7 @@ def _rows(tensor: Tensor, source: Source, first: int, last: int, dtype: np.dtype
 def _copy(rows: np.ndarray, source: Source, layer: int, at: int, bounds: Bounds, part: np.ndarray) -> None:
     """What a shard (`bounds` of ours) has of a band of rows that goes `at` some place of ours."""
     if source.stacked:
-        (start, stop), *bounds = bounds
+        (start, stop), bounds = bounds[0], bounds[1:]
         if not start <= layer < stop:
             return
         part = part[layer - start, ...]

@@ -92,7 +92,7 @@ COGVIDEOX_1_5_5B = CogVideoXConfig(frames=21, height=96, width=170, patch_frames
 
 
 def diffusers_names(config: CogVideoXConfig) -> dict[str, str | Rows]:
-    """Our modules -> those of diffusers' `CogVideoXTransformer3DModel`, for `weights.from_diffusers`."""
+    """Our modules -> those of diffusers' `CogVideoXTransformer3DModel`, for `weights.load`."""
     block = {
         "norm1.linear": "norm1.linear",
         "norm1.norm": "norm1.norm",

@@ -82,7 +82,7 @@ FLUX_SCHNELL = FluxConfig(guided=False, text_length=256)
 
 
 def diffusers_names(config: FluxConfig) -> dict[str, str]:
-    """Our modules -> those of diffusers' `FluxTransformer2DModel`, for `weights.from_diffusers`."""
+    """Our modules -> those of diffusers' `FluxTransformer2DModel`, for `weights.load`."""
     attention = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "norm_q": "norm_q", "norm_k": "norm_k"}
     added = {"to_q": "add_q_proj", "to_k": "add_k_proj", "to_v": "add_v_proj", "to_out": "to_add_out"}
     added |= {"norm_q": "norm_added_q", "norm_k": "norm_added_k"}

@@ -71,7 +71,7 @@ WAN_2_2_5B = WanConfig(
 
 
 def diffusers_names(config: WanConfig) -> dict[str, str]:
-    """Our modules -> those of diffusers' `WanTransformer3DModel`, for `weights.from_diffusers`."""
+    """Our modules -> those of diffusers' `WanTransformer3DModel`, for `weights.load`."""
     attention = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
     attention |= {"norm_q": "norm_q", "norm_k": "norm_k"}
     block = {

@@ -22,13 +22,14 @@ from paro_jax import _files
 from paro_jax.models import _checkpoint, _published, _stream
 from paro_jax.models._checkpoint import check_free, load_checkpoint, save_checkpoint
 from paro_jax.models._mapping import Names, Rows, sources
-from paro_jax.models._published import PRESETS, Config
+from paro_jax.models._published import PRESETS, Config, Model
 from paro_jax.models._safetensors import Tensor, WeightsError, opened, read_json
 from paro_jax.models._stream import partition
 
 __all__ = [
     "PRESETS",
     "Config",
+    "Model",
     "Names",
     "Rows",
     "WeightsError",
@@ -49,7 +50,7 @@ def from_pretrained(
     dtype: Any = jnp.bfloat16,
     mesh: Mesh | None = None,
     progress: bool = False,
-) -> nnx.Module:
+) -> Model:
     """A published model, FLUX.1, CogVideoX or Wan (text to image and text to video), with its weights.
 
     Memory: each parameter is read, cast and transposed band by band into its place, so that no second copy of the model
@@ -156,6 +157,8 @@ def _locate(path: str | os.PathLike) -> Path:
     place = Path(path).expanduser()
     if not place.exists() and not place.is_symlink() and (hub := _HUB_ID.fullmatch(os.fspath(path))):
         return _download(hub[1], hub[2] or "transformer")
+    if not place.exists():
+        raise WeightsError(f"{place}: no such file or folder; check the path.")
     if (place / "model_index.json").is_file() and not (place / "transformer").is_dir():
         raise WeightsError(f"{place}: a pipeline without its transformer/; fetch that folder, or name where it is.")
     return place / "transformer" if (place / "transformer").is_dir() else place
@@ -165,7 +168,7 @@ def _download(name: str, folder: str) -> Path:
     """A transformer from the Hugging Face hub, in its cache; WeightsError without the package or a network."""
     advice = f"If a local folder was meant, there is no {name} here. Else "
     try:
-        import huggingface_hub
+        import huggingface_hub  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise WeightsError(
             f"{name}: expected a folder that exists, or the extra that downloads: pip install 'paro_jax[port]'."
