@@ -127,7 +127,7 @@ def golden_runs(name, folder=pathlib.Path(__file__).parent / "golden"):
     return {key: jnp.asarray(value) for key, value in load_file(folder / f"{name}.safetensors").items()}
 
 
-@pytest.mark.parametrize(("name", "key"), RUNS, ids="-".join)
+@pytest.mark.parametrize(("name", "key"), RUNS)
 def test_a_whole_run_equals_diffusers(name, key):
     """Schedulers of diffusers 0.42.1 around the same model, by tests/golden/make_models.py: CogVideoXDDIMScheduler and
     CogVideoXDPMScheduler, FlowMatchEulerDiscreteScheduler as for FLUX.1-dev at 300 and 4096 tokens, schnell and Wan,

@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from tqdm import tqdm
 
 # latents f32 [B, ...], timestep f32 [B] in the model's unit, step int32 [] from 0 -> the model's answer [B, ...]
@@ -329,7 +330,7 @@ def _run(step: Callable[[Any, Array], Any], state: Any, steps: int, progress: bo
     if not progress:
         indices = jnp.arange(steps, dtype=jnp.int32)
         return jax.lax.scan(lambda state, index: (step(state, index), None), state, indices)[0]
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(state)):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(state)):
         raise ValueError(
             "progress: expected False inside jit, found True; the bar needs every step on the host: compile `predict` "
             "instead of the whole sampler, or leave it off."
