@@ -104,7 +104,7 @@ def test_a_stopped_run_goes_on(capsys, tmp_path, models, monkeypatch):
 
 MISTAKES = {
     "no file": ("wan", {}, ["--embeddings", "{tmp}/none"], "--embeddings: expected a .safetensors file"),
-    "no weights": ("wan", {}, ["--weights", "{tmp}/none"], "none"),
+    "no weights": ("wan", {}, ["--weights", "{tmp}/none"], "none: no such file or folder; check the path"),
     "another model": ("wan", {}, ["--model", "flux"], "--model flux: {folder} holds Wan; give --model wan"),
     "no model at all": ("wan", {}, ["--model", "sora"], "found 'sora'"),
     "odd height": ("wan", {}, ["--height", "72"], "--height: expected a multiple of 16 pixels"),
