@@ -113,8 +113,8 @@ def put_in_wan(model: Any, plan: AttentionPlan) -> None:
     Again with another plan replaces it. Raises ValueError for a plan of another number of layers or heads, or a model
     that is not built as said.
     """
-    blocks = getattr(model, "blocks", None)
-    one = blocks[0] if isinstance(blocks, (list, tuple, nnx.List)) else blocks
+    blocks: Any = getattr(model, "blocks", None)
+    one: Any = blocks[0] if isinstance(blocks, (list, tuple, nnx.List)) else blocks
     op = getattr(getattr(one, "attn1", None), "attention_op", None)
     if op is None:
         raise ValueError(f"model: expected a WanModel with blocks.attn1.attention_op, found {type(model).__name__}.")

@@ -4,6 +4,8 @@ The table of kernels, how an attention op calls it, and how FLUX.1 (Linen) and W
 modules and parameters are those of the original.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -72,6 +74,8 @@ class WanBlock(nnx.Module):
 
 
 class WanModel(nnx.Module):
+    blocks: Any
+
     def __init__(self, layers, kernel, scan_layers, rngs):
         self.scan_layers = scan_layers
         if scan_layers:

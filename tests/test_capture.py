@@ -1,6 +1,7 @@
 """Capture on all three models: what attention sees, layer by layer, in memory that does not grow with the layers."""
 
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +12,9 @@ from tiny_models import TINY
 import calibrate
 import paro_jax
 from paro_jax import AttentionPlan, TokenGrid
-from paro_jax.models.layers import run_block
+from paro_jax.models import layers
+
+run_block: Any = layers.run_block  # jit's own count of programs has no type
 
 
 class Case:
@@ -81,7 +84,7 @@ def test_calibrate_runs_on_live_samples(case):
     runs = [(step, functools.partial(net.capture, latents * step, *rest)) for step in (0.2, 0.7)]
     samples = calibrate.LiveSamples(runs, sites=tiny.sites)
     assert len(samples) == len(list(samples)) == 2 * tiny.sites
-    options = dict(density=0.8, block=(8, 8), bucket_edges=(0.0, 0.5, 1.0), progress=False)
+    options: dict[str, Any] = dict(density=0.8, block=(8, 8), bucket_edges=(0.0, 0.5, 1.0), progress=False)
     plan, _ = calibrate.make_plan(samples, tiny.config.grid, **options)
     kept, _ = calibrate.make_plan(list(samples), tiny.config.grid, **options)
     assert plan.lead == (2, tiny.sites) and 0.7 < plan.density <= 0.8

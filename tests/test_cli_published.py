@@ -1,6 +1,7 @@
 """`paro calibrate --model flux|cogvideox|wan`: from weights and encoded prompts to a plan file."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from tiny_models import TINY
 
 import calibrate
 import paro_jax
+from calibrate import _score
 from paro_jax.models import weights
 
 SIZE = {
@@ -74,7 +76,7 @@ def test_the_first_step_is_the_noise_and_both_halves_of_guidance(capsys, tmp_pat
     noise = np.concatenate([tensors["latents"][:1]] * 2)
     inputs = (jnp.asarray(noise, jnp.bfloat16), jnp.full(2, 999.0), jnp.asarray(text, jnp.bfloat16))
     samples = calibrate.LiveSamples([(0.0, functools.partial(net.capture, *inputs))], sites=3)
-    options = dict(density=0.8, block=(8, 8), progress=False)
+    options: dict[str, Any] = dict(density=0.8, block=(8, 8), progress=False)
     expected, _ = calibrate.make_plan(samples, TINY["cogvideox"].config.grid, **options)
     found = paro_jax.load_plan(tmp_path / "plan")
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -84,7 +86,7 @@ def test_the_first_step_is_the_noise_and_both_halves_of_guidance(capsys, tmp_pat
 def test_a_stopped_run_goes_on(capsys, tmp_path, models, monkeypatch):
     argv = command(models, "wan", tmp_path / "a.safetensors", "--steps", 2, "--at", 0, "--prompts", 1)
     assert paro(capsys, *argv)[0] == 0
-    calls, mass = [], calibrate._score.chosen_mass
+    calls, mass = [], _score.chosen_mass
 
     def stop_at_the_third(*args):
         calls.append(1)

@@ -2,6 +2,7 @@
 
 import sys
 import types
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -78,8 +79,8 @@ def test_every_layer_of_wan_gets_its_own_plan():
     np.testing.assert_allclose(run(unrolled), outputs[2], atol=1e-5)
 
 
-def flux(kernel):
-    model = host.FluxTransformer2DModel(2, 3, kernel)
+def flux(kernel) -> tuple[Any, Any]:
+    model: Any = host.FluxTransformer2DModel(2, 3, kernel)
     return model, model.init(jax.random.key(0), X)["params"]
 
 
@@ -98,7 +99,7 @@ def test_flux_with_a_plan():
         with nn.intercept_methods(planned):
             return flux_model.apply({"params": params}, X)
 
-    flux_model = host.FluxTransformer2DModel(2, 3, "paro")
+    flux_model: Any = host.FluxTransformer2DModel(2, 3, "paro")
     outputs = [run(first)]
     np.testing.assert_allclose(outputs[0], expected, atol=1e-5)
     for which in range(5):

@@ -66,7 +66,7 @@ class Tiny(NamedTuple):
     sites: int
     latents: tuple[int, ...]  # without the batch
 
-    def net(self, config: Any = None) -> nnx.Module:
+    def net(self, config: Any = None) -> Any:
         """Every weight random, norms and gates too."""
         return randomise(self.build(self.config if config is None else config))
 

@@ -43,12 +43,12 @@ def load_model() -> model.DemoModel:
 
 def predict(net: model.DemoModel, words: jax.Array, x: jax.Array, t: jax.Array, plan: AttentionPlan | None = None):
     """v with classifier-free guidance: one batch holds the captioned half, then the uncaptioned half."""
-    captioned, plain = jnp.split(net(*_twice(x, t), words, plan=plan), 2)
+    captioned, plain = jnp.split(net(_twice(x), _twice(t), words, plan=plan), 2)
     return plain + GUIDANCE * (captioned - plain)
 
 
-def _twice(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    return tuple(jnp.concatenate([a, a]) for a in arrays)
+def _twice(x: jax.Array) -> jax.Array:
+    return jnp.concatenate([x, x])
 
 
 @functools.partial(jax.jit, static_argnames="steps")
@@ -102,7 +102,7 @@ class Capture:
             words, x = words_for(scene), jnp.asarray(model.initial_noise(scene.seed))
             for index in range(max(at) + 1):
                 if index in at:
-                    seen = net.capture(*_twice(x, _time(index, steps)), words)
+                    seen = net.capture(_twice(x), _twice(_time(index, steps)), words)
                     self.samples += [
                         calibrate.Sample(site, index / steps, *map(np.asarray, qkv)) for site, qkv in enumerate(seen)
                     ]
