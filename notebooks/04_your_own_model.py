@@ -190,7 +190,7 @@ figure, axes = plt.subplots(3, len(shown), figsize=(2.1 * len(shown), 5.4), sque
 for row, (name, y) in zip(axes, pictures.items(), strict=True):
     for ax, frame in zip(row, shown, strict=True):
         ax.imshow(y[0, :, 3].reshape(grid.shape)[frame], cmap="RdBu", vmin=-2.5, vmax=2.5, interpolation="nearest")
-        ax.set(xticks=[], yticks=[], title=f"frame {frame}" if row is axes[0] else "")
+        ax.set(xticks=[], yticks=[], title=f"frame {frame}" if name == "dense" else "")
     row[0].set_ylabel(name)
 plt.show()
 
