@@ -1,10 +1,11 @@
 """Calibration: from samples of a model's attention to an `AttentionPlan`. Not imported at inference.
 
-`make_plan` decides (`make_plans`: for several densities at once); `capture` records samples; `block_mass` and
-`attention_map` are the statistics and pictures of one attention call; `import_official` reads the plan files of the
-method's authors.
+`make_plan` decides (`make_plans`: for several densities at once); `LiveSamples` and `capture` record samples;
+`block_mass` and `attention_map` are the statistics and pictures of one attention call; `import_official` reads the plan
+files of the method's authors.
 """
 
+from calibrate._capture import LiveSamples as LiveSamples
 from calibrate._capture import Sample as Sample
 from calibrate._capture import capture as capture
 from calibrate._import_official import import_official as import_official

@@ -82,6 +82,38 @@ def _streamed(query, key, value, bias=None, mask=None, **kwargs):
     return paro_jax.attention(query, key, value, plan=plan, **kwargs)
 
 
+class LiveSamples:
+    """Samples made anew on every pass: the model runs again, so that one layer's q, k and v exist at a time.
+
+    All of them at once would be terabytes for a video model: 27 GB for a single forward of CogVideoX-5B.
+
+    `runs`: pairs (step, run). `step`: how far denoising has come, in [0, 1). `run()` gives (q, k, v) of each attention
+    layer in turn, as `capture` of every model in `paro_jax.models` does:
+
+        calibrate.LiveSamples([(0.3, lambda: net.capture(latents, timestep, text))], sites=42)
+
+    `sites`: how many layers there are. Raises ValueError, on a pass, for a run that gives another number of them.
+    """
+
+    def __init__(self, runs: Iterable[tuple[float, Callable[[], Iterable[tuple[Any, Any, Any]]]]], *, sites: int):
+        self.runs = list(runs)
+        self.sites = sites
+
+    def __len__(self) -> int:
+        return len(self.runs) * self.sites
+
+    def __iter__(self) -> Iterator[Sample]:
+        for step, run in self.runs:
+            site = -1
+            for site, qkv in enumerate(run()):
+                yield Sample(site, step, *qkv)
+            if site + 1 != self.sites:
+                raise ValueError(
+                    f"sites must be the number of attention layers; the run at step {step:g} gave {site + 1}, expected "
+                    f"{self.sites}. Give sites={site + 1}, or let the run yield every layer once."
+                )
+
+
 class Checked(NamedTuple):
     """A sample that passed the checks: `number` in the sequence, `bucket` of its step, q, k and v on the device."""
 
@@ -135,13 +167,13 @@ def read(samples: Samples, grid: TokenGrid, edges: Sequence[float], *, name: str
     Raises ValueError, naming the sample, for anything that is not a Sample of this grid, for samples of two shapes,
     and for NaN or infinity.
     """
-    first: Checked | None = None
+    first: tuple[str, tuple[int, ...]] | None = None  # not the arrays: they may be gigabytes
     for number, sample in enumerate(samples):
         checked = _check(number, sample, grid, edges, name)
-        first = checked if first is None else first
-        if checked.q.shape[2:] != first.q.shape[2:]:
+        first = (checked.name, checked.q.shape) if first is None else first
+        if checked.q.shape[2:] != first[1][2:]:
             raise ValueError(
-                f"{name} must all have the same heads and head dim; {first.name} has {_shape(first.q)}, "
+                f"{name} must all have the same heads and head dim; {first[0]} has {list(first[1])}, "
                 f"{checked.name} has {_shape(checked.q)}. Calibrate layers of another shape on their own."
             )
         yield checked

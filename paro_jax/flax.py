@@ -97,6 +97,7 @@ class PAROAttention(nnx.Module):
     """Block-sparse attention as an NNX module, and an `attention_fn` for `nnx.MultiHeadAttention`.
 
     `plan` sits in `self.table`; give it a leading axis (sites,) where `nnx.scan` or `nnx.vmap` runs over layers.
+    A model that is built already takes it as `layer.attention_fn = nnx.data(PAROAttention(plan))`.
     `quant` overrides the plan's, `implementation` names a backend. Arguments of a call as for `attention_fn`.
     """
 

@@ -126,7 +126,7 @@ MISTAKES = {
     ),
     "prompts of a capture file": (
         [*ON_FILE, "--density", "0.5", "--prompts", "3", "-o", "{tmp}/p"],
-        "--prompts belongs to --model demo",
+        "--prompts belongs to --model; a capture file",
     ),
     "text position of the demo": ([*ON_DEMO, "--text-position", "first"], "--text-position belongs to --samples"),
     "no text of the demo": ([*ON_DEMO, "--text", "0"], "--text belongs to --samples"),

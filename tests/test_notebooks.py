@@ -9,7 +9,12 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.py"))
-TINY = {"01_why_permute": {"FRAMES": 8, "HEIGHT": 4, "WIDTH": 5, "BLOCK": 16}}
+TINY = {
+    "01_why_permute": {"FRAMES": 8, "HEIGHT": 4, "WIDTH": 5, "BLOCK": 16},
+    "02_port_flux_weights": {"HEIGHT": 12, "WIDTH": 16, "STEPS": 4, "BLOCK": 8, "DENSITY": 0.6},
+    "03_calibrate_cogvideox": {"FRAMES": 3, "HEIGHT": 8, "WIDTH": 10, "STEPS": 3, "BLOCK": 8, "DENSITY": 0.7},
+    "04_your_own_model": {"FRAMES": 6, "HEIGHT": 4, "WIDTH": 5, "LAYERS": 2, "BLOCK": 8, "DENSITY": 0.4},
+}
 
 
 def parameters(notebook):

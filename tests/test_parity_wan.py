@@ -24,7 +24,7 @@ def model(config):
 def style(request, tmp_path_factory):
     weights, inputs, output = parity.read(request.param)
     net = parity.load(weights, lambda: model(SMALL), diffusers_names(SMALL), tmp_path_factory.mktemp("weights"))
-    return jax.jit(net.__call__, static_argnames="capture"), inputs, output
+    return jax.jit(net.__call__), inputs, output
 
 
 def test_equals_diffusers(style):
@@ -35,9 +35,7 @@ def test_equals_diffusers(style):
 def test_a_dense_plan_in_any_order_changes_nothing(style):
     run, inputs, output = style
     for plan in parity.dense_plans(SMALL.grid, sites=2):
-        out, (q, k, v) = run(**inputs, plan=plan, capture=True)
-        np.testing.assert_allclose(out, output, atol=1e-5, rtol=0)
-    assert q.shape == k.shape == v.shape == (2, 2, SMALL.grid.tokens, 2, 24)
+        np.testing.assert_allclose(run(**inputs, plan=plan), output, atol=1e-5, rtol=0)
 
 
 def test_one_trace_serves_all_layers_and_plans():

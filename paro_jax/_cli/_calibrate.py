@@ -1,4 +1,4 @@
-"""`paro calibrate`: from captured attention to a plan file, for the demo model or for a file of captures."""
+"""`paro calibrate`: from captured attention to a plan file: of a published model, the demo's, or a file of captures."""
 
 import argparse
 import os
@@ -16,12 +16,15 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "calibrate",
         help="decide orders and masks, write a plan file",
-        description="Decide each head's order and mask from captured attention, and write a plan file. Either of the "
-        "model that ships with paro_jax (--model demo), or of any model from a file of captures (--samples; "
-        "paro_jax/_cli/_captures.py says what it holds).",
+        description="Decide each head's order and mask from captured attention, and write a plan file. Of a published "
+        "model, from its weights and encoded prompts (--model flux --weights DIR --embeddings FILE; what FILE holds "
+        "stands in paro_jax/_cli/_published.py); of the model that ships with paro_jax (--model demo); or of any "
+        "model, from a file of captures (--samples; what it holds stands in paro_jax/_cli/_captures.py).",
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", choices=["demo"], help="a model that ships with paro_jax")
+    source.add_argument(
+        "--model", metavar="NAME", help="demo, flux, cogvideox, wan, or a preset such as flux-dev for a bare file"
+    )
     source.add_argument(
         "--samples", type=Path, metavar="FILE", help=".safetensors of site{S}/step{T}/q, k and v; needs --grid"
     )
@@ -48,7 +51,28 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--qk", choices=get_args(Width), default="bf16", help="width of QK (default bf16)")
     parser.add_argument("--pv", choices=get_args(Width), default="bf16", help="width of PV (default bf16)")
-    parser.add_argument("--prompts", type=_show.positive, metavar="N", help=f"demo model: prompts (default {_PROMPTS})")
+    parser.add_argument(
+        "--prompts", type=_show.positive, metavar="N", help=f"of the model (demo: {_PROMPTS}, else all of --embeddings)"
+    )
+    parser.add_argument(
+        "--weights", metavar="DIR", help="of a published model: as diffusers or `paro convert` saved it"
+    )
+    parser.add_argument("--embeddings", type=Path, metavar="FILE", help=".safetensors of encoded prompts")
+    parser.add_argument(
+        "--height", type=_show.positive, metavar="PX", help="pixels (default: as the model was trained)"
+    )
+    parser.add_argument("--width", type=_show.positive, metavar="PX", help="pixels (default: as the model was trained)")
+    parser.add_argument("--frames", type=_show.positive, metavar="N", help="of the video (default: as it was trained)")
+    parser.add_argument("--steps", type=_show.positive, metavar="N", help="of denoising (default: as the model wants)")
+    parser.add_argument(
+        "--at",
+        type=_show.natural,
+        nargs="+",
+        metavar="STEP",
+        help="steps to look at (default: the middle of each bucket)",
+    )
+    parser.add_argument("--shift", type=float, metavar="S", help="of the noise schedule of FLUX.1 and Wan")
+    parser.add_argument("--seed", type=_show.natural, metavar="N", help="of the noise (default 0)")
     parser.add_argument("--report", type=Path, metavar="DIR", help="also write the report, with pictures")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="resume from here if a run was stopped")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
@@ -73,7 +97,12 @@ def run(args: argparse.Namespace) -> int:
     _refuse_what_would_be_ignored(args)
     plans, reports = _outputs(args)
     edges = [i / args.buckets for i in range(args.buckets + 1)]
-    source = None if args.model else _captured(args)
+    source = _captured(args) if args.model is None else None
+    embeddings = None
+    if args.model is not None and args.model != "demo":
+        from paro_jax._cli import _published
+
+        embeddings = _published.read(args.embeddings, args.prompts)
     # Whatever cannot be written is known now, not after the work.
     for path in plans:
         _plan_file.probe(path)
@@ -81,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
         _show.probe("--report", path, folder=True)
     if args.checkpoint is not None:
         _show.probe("--checkpoint", args.checkpoint)
+    if embeddings is not None:
+        source = _published.samples(args, embeddings, edges)
     samples, grid, model, provenance = source or _demo(args, edges)
 
     made = calibrate.make_plans(
@@ -122,15 +153,30 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _refuse_what_would_be_ignored(args: argparse.Namespace) -> None:
+    """UserError for options that belong to another source than the one that is named, or that it lacks."""
+    of_samples = {"--grid": args.grid, "--text": args.text, "--text-position": args.text_position}
+    of_weights = {f"--{n}": getattr(args, n) for n in ("height", "width", "frames", "steps", "at", "shift", "seed")}
+    of_weights = {"--weights": args.weights, "--embeddings": args.embeddings, **of_weights}
+
+    def refuse(options: dict[str, Any], why: str) -> None:
+        given = [option for option, value in options.items() if value is not None]
+        if given:
+            raise _show.UserError(f"{given[0]} {why}")
+
     if args.model is None:
-        if args.prompts is not None:
-            raise _show.UserError("--prompts belongs to --model demo; a capture file has the samples it has")
+        refuse({"--prompts": args.prompts}, "belongs to --model; a capture file has the samples it has")
+        refuse(of_weights, "belongs to --model flux, cogvideox or wan; a capture file has the samples it has")
         if args.grid is None:
             raise _show.UserError("--samples needs --grid, the model's grid in tokens, such as --grid 13x30x45")
         return
-    for option, value in (("--grid", args.grid), ("--text", args.text), ("--text-position", args.text_position)):
-        if value is not None:
-            raise _show.UserError(f"{option} belongs to --samples; the demo model has its own grid")
+    refuse(of_samples, "belongs to --samples; a model has its own grid")
+    if args.model != "demo":
+        for option in ("--weights", "--embeddings"):
+            if of_weights[option] is None:
+                raise _show.UserError(f"--model {args.model} needs {option}; paro calibrate --help says what it is")
+        args.seed = args.seed or 0
+        return
+    refuse(of_weights, "belongs to --model flux, cogvideox or wan; the demo model has its own")
     from paro_jax.demo.run import STEPS
 
     if args.buckets > STEPS:
@@ -147,7 +193,8 @@ def _outputs(args: argparse.Namespace) -> tuple[list[Path], list[Path]]:
         return [path.with_name(f"{path.stem}-{density:g}{path.suffix}") for density in args.density]
 
     plans, reports = paths(args.out), paths(args.report)
-    inputs = [("--samples", args.samples), ("--checkpoint", args.checkpoint)]
+    inputs = [("--samples", args.samples), ("--checkpoint", args.checkpoint), ("--embeddings", args.embeddings)]
+    inputs += [("--weights", args.weights and Path(args.weights))]
     named = [("--out", path) for path in plans] + [("--report", path) for path in reports]
     named += [(option, path) for option, path in inputs if path is not None]
     real = [Path(os.path.realpath(path)) for _, path in named]

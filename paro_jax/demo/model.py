@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ from jax import Array
 
 from paro_jax.demo import data
 from paro_jax.models.cogvideox import CogVideoX, CogVideoXConfig
+from paro_jax.models.layers import Heads
 from paro_jax.models.samplers import VSchedule
 
 CONFIG = CogVideoXConfig(
@@ -39,10 +41,17 @@ class DemoModel(nnx.Module):
         self.places = nnx.Embed(config.text_length, config.text_embed_dim, rngs=rngs)
         self.transformer = CogVideoX(config, rngs=rngs)
 
-    def __call__(self, latents: Array, timestep: Array, words: Array, **options):
+    def __call__(self, latents: Array, timestep: Array, words: Array, **options) -> Array:
         """latents `[B, F, C, H, W]`, timestep `[B]`, words int32 `[B, T]`; options as `CogVideoX.__call__`."""
-        text = self.words(words) + self.places(jnp.arange(words.shape[1]))[None]
-        return self.transformer(latents, timestep, text.astype(latents.dtype), **options)
+        return self.transformer(latents, timestep, self.text(words).astype(latents.dtype), **options)
+
+    def capture(self, latents: Array, timestep: Array, words: Array) -> Iterator[Heads]:
+        """q, k, v of one layer after the other, as `CogVideoX.capture`."""
+        yield from self.transformer.capture(latents, timestep, self.text(words).astype(latents.dtype))
+
+    def text(self, words: Array) -> Array:
+        """Word ids `[B, T]` -> embeddings `[B, T, E]`."""
+        return self.words(words) + self.places(jnp.arange(words.shape[1]))[None]
 
 
 def initial_noise(seed: int, config: CogVideoXConfig = CONFIG) -> np.ndarray:

@@ -41,27 +41,33 @@ def load_model() -> model.DemoModel:
     return weights.load(lambda: model.DemoModel(rngs=nnx.Rngs(0)), model.WEIGHTS)
 
 
-def predict(net: model.DemoModel, words: jax.Array, x: jax.Array, t: jax.Array, **options):
+def predict(net: model.DemoModel, words: jax.Array, x: jax.Array, t: jax.Array, plan: AttentionPlan | None = None):
     """v with classifier-free guidance: one batch holds the captioned half, then the uncaptioned half."""
-    out = net(jnp.concatenate([x, x]), jnp.concatenate([t, t]), words, **options)
-    v, seen = out if options.get("capture") else (out, None)
-    captioned, plain = jnp.split(v, 2)
-    return plain + GUIDANCE * (captioned - plain), seen
+    captioned, plain = jnp.split(net(_twice(x), _twice(t), words, plan=plan), 2)
+    return plain + GUIDANCE * (captioned - plain)
+
+
+def _twice(x: jax.Array) -> jax.Array:
+    return jnp.concatenate([x, x])
 
 
 @functools.partial(jax.jit, static_argnames="steps")
 def _sample(net: model.DemoModel, words: jax.Array, noise: jax.Array, plan: AttentionPlan | None, *, steps: int):
     def v(x, t, step):
-        return predict(net, words, x, t, plan=None if plan is None else plan.at_step(step, steps))[0]
+        return predict(net, words, x, t, None if plan is None else plan.at_step(step, steps))
 
     return samplers.ddim(v, noise, steps=steps, schedule=model.SCHEDULE)
 
 
 @functools.partial(jax.jit, static_argnames="steps")
-def _capturing_step(net: model.DemoModel, words: jax.Array, x: jax.Array, index: jax.Array, *, steps: int):
-    t = jnp.asarray(model.SCHEDULE.timesteps(steps), jnp.float32)[index]
-    v, seen = predict(net, words, x, jnp.broadcast_to(t, x.shape[:1]), capture=True)
-    return samplers.ddim_step(x, v, index, steps=steps, schedule=model.SCHEDULE), seen
+def _step(net: model.DemoModel, words: jax.Array, x: jax.Array, index: jax.Array, *, steps: int) -> jax.Array:
+    v = predict(net, words, x, _time(index, steps))
+    return samplers.ddim_step(x, v, index, steps=steps, schedule=model.SCHEDULE)
+
+
+def _time(index: jax.Array | int, steps: int) -> jax.Array:
+    """Timestep f32 `[1]` of a step."""
+    return jnp.asarray(model.SCHEDULE.timesteps(steps), jnp.float32)[index][None]
 
 
 def words_for(scene: data.Scene) -> np.ndarray:
@@ -95,11 +101,12 @@ class Capture:
         for scene in scenes:
             words, x = words_for(scene), jnp.asarray(model.initial_noise(scene.seed))
             for index in range(max(at) + 1):
-                x, (q, k, v) = _capturing_step(net, words, x, jnp.asarray(index), steps=steps)
                 if index in at:
-                    for site in range(q.shape[0]):
-                        held = (np.asarray(a[site]) for a in (q, k, v))
-                        self.samples.append(calibrate.Sample(site, index / steps, *held))
+                    seen = net.capture(_twice(x), _twice(_time(index, steps)), words)
+                    self.samples += [
+                        calibrate.Sample(site, index / steps, *map(np.asarray, qkv)) for site, qkv in enumerate(seen)
+                    ]
+                x = _step(net, words, x, jnp.asarray(index), steps=steps)
             if tick:
                 tick()
 

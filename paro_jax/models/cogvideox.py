@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,9 @@ import paro_jax
 from paro_jax import AttentionPlan, Rope, TokenGrid
 from paro_jax.models._mapping import Rows
 from paro_jax.models.layers import (
+    Heads,
     axis_rope,
+    capture_blocks,
     check_latents,
     head_norm,
     head_weights,
@@ -168,10 +171,9 @@ class Modulation(nnx.Module):
         self.linear = nnx.Linear(config.time_embed_dim, 6 * config.dim, rngs=rngs)
         self.norm = nnx.LayerNorm(config.dim, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
 
-    def __call__(self, x: Array, temb: Array, text: int) -> tuple[Array, Array]:
-        """x `[B, N, C]` (text first), temb `[B, T]` -> modulated x and the gate `[B, N, C]`."""
+    def __call__(self, x: Array, temb: Array, is_text: Array) -> tuple[Array, Array]:
+        """x `[B, N, C]`, temb `[B, T]`, is_text bool `[1, N, 1]` -> modulated x and the gate `[B, N, C]`."""
         parts = jnp.split(self.linear(jax.nn.silu(temb)), 6, axis=-1)
-        is_text = (jnp.arange(x.shape[1]) < text)[None, :, None]
         shift, scale, gate = (
             jnp.where(is_text, ours[:, None], video[:, None]) for video, ours in zip(parts[:3], parts[3:], strict=True)
         )
@@ -192,16 +194,16 @@ class Block(nnx.Module):
         self.mlp_in = nnx.Linear(dim, config.mlp_ratio * dim, rngs=rngs)
         self.mlp_out = nnx.Linear(config.mlp_ratio * dim, dim, rngs=rngs)
 
-    def __call__(self, x: Array, temb: Array, rope: Rope | None, plan: AttentionPlan | None, text: int) -> Array:
-        h, gate = self.norm1(x, temb, text)
+    def __call__(self, x: Array, temb: Array, is_text: Array, rope: Rope | None, plan: AttentionPlan | None) -> Array:
+        h, gate = self.norm1(x, temb, is_text)
         x = x + gate * self.attention(h, rope, plan)
-        h, gate = self.norm2(x, temb, text)
+        h, gate = self.norm2(x, temb, is_text)
         return x + gate * self.mlp_out(jax.nn.gelu(self.mlp_in(h), approximate=True))
 
     def attention(self, h: Array, rope: Rope | None, plan: AttentionPlan | None) -> Array:
         """The seam: `[B, N, C]` -> `[B, N, C]`, dense without a plan."""
         if plan is None:
-            o = paro_jax.attention(*self.heads(h, rope))
+            o = paro_jax.attention(*self.qkv(h, rope))
         else:
 
             def project(role: Literal["q", "k", "v"], linear: nnx.Linear, norm: nnx.LayerNorm | None):
@@ -219,8 +221,12 @@ class Block(nnx.Module):
             o = paro_jax.attend(q, k, project("v", self.to_v, None), plan=plan)
         return self.to_out(o.reshape(*o.shape[:2], -1))
 
-    def heads(self, h: Array, rope: Rope | None) -> tuple[Array, Array, Array]:
-        """q, k, v `[B, N, heads, D]` in model order, normed and rotated: what `calibrate` wants to see."""
+    def heads(self, x: Array, temb: Array, is_text: Array, rope: Rope | None) -> Heads:
+        """What attention sees when the block runs on x."""
+        return self.qkv(self.norm1(x, temb, is_text)[0], rope)
+
+    def qkv(self, h: Array, rope: Rope | None) -> Heads:
+        """`[B, N, C]` -> q, k, v, normed and rotated."""
         q, k, v = (
             linear(h).reshape(*h.shape[:2], self.config.num_heads, self.config.head_dim)
             for linear in (self.to_q, self.to_k, self.to_v)
@@ -252,19 +258,42 @@ class CogVideoX(nnx.Module):
         text: Array,
         *,
         plan: AttentionPlan | None = None,
-        capture: bool = False,
         remat: bool = False,
-    ) -> Any:
+    ) -> Array:
         """Predict.
 
         latents `[B, F, C, H, W]`, timestep `[B]`, text `[B, T, E]` -> `[B, F, C_out, H, W]`. ValueError unless F, H, W
         are multiples of the patch; `config.padded_frames` is such an F.
-        `plan`: leading axis (sites,) = layers; None is dense. With `capture`, also q, k, v `[layers, B, N, heads, D]`
-        after norm and rotation, as attention sees them. `remat` recomputes blocks in the backward pass.
+        `plan`: leading axis (sites,) = layers; None is dense. `remat` recomputes blocks in the backward pass.
         """
+        x, context = self.enter(latents, timestep, text)
+
+        def layer(x, block_and_plan):
+            block, plan = block_and_plan
+            return block(x, *context, plan), None
+
+        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (self.blocks, plan))
+        config, (f, p, _) = self.config, self.config.patch
+        batch, frames, _, height, width = latents.shape
+        x = self.norm_final(x)[:, text.shape[1] :]
+        shift, scale = jnp.split(self.modulation_out(jax.nn.silu(context[0])), 2, axis=-1)
+        x = self.proj_out(self.norm_out(x) * (1 + scale[:, None]) + shift[:, None])
+        x = x.reshape(batch, frames // f, height // p, width // p, config.out_channels, f, p, p)
+        return x.transpose(0, 1, 5, 4, 2, 6, 3, 7).reshape(batch, frames, config.out_channels, height, width)
+
+    def capture(self, latents: Array, timestep: Array, text: Array) -> Iterator[Heads]:
+        """q, k, v `[B, N, heads, D]` of one layer after the other, normed and rotated, in model order, for `calibrate`.
+
+        Arguments as of a call. One layer is in memory at a time, and one compiled program serves them all.
+        """
+        x, context = jax.jit(CogVideoX.enter)(self, latents, timestep, text)
+        yield from capture_blocks(self.blocks, x, context, x.shape[1], self.config.num_heads)
+
+    def enter(self, latents: Array, timestep: Array, text: Array) -> tuple[Array, tuple]:
+        """Tokens `[B, N, C]`, text first, and what every block wants: temb, is_text, rope."""
         config, (f, p, _) = self.config, self.config.patch
         check_latents(latents.shape, "B F C H W", config.in_channels, config.patch)
-        batch, frames, _, height, width = latents.shape
+        _, frames, _, height, width = latents.shape
         grid = (frames // f, height // p, width // p)
         time = timestep_embedding(timestep, config.dim).astype(latents.dtype)
         temb = self.time_out(jax.nn.silu(self.time_in(time)))
@@ -276,16 +305,5 @@ class CogVideoX(nnx.Module):
             native = (config.height // p, config.width // p) if config.position == "rope" else None
             rope = rope_3d(grid, config.head_dim, tokens, config.rope_theta, native)
         x = jnp.concatenate([self.text(text), x], axis=1)
-
-        def layer(x, block_and_plan):
-            block, plan = block_and_plan
-            seen = block.heads(block.norm1(x, temb, tokens)[0], rope) if capture else None
-            return block(x, temb, rope, plan, tokens), seen
-
-        x, seen = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (self.blocks, plan))
-        x = self.norm_final(x)[:, tokens:]
-        shift, scale = jnp.split(self.modulation_out(jax.nn.silu(temb)), 2, axis=-1)
-        x = self.proj_out(self.norm_out(x) * (1 + scale[:, None]) + shift[:, None])
-        x = x.reshape(batch, *grid, config.out_channels, f, p, p).transpose(0, 1, 5, 4, 2, 6, 3, 7)
-        x = x.reshape(batch, frames, config.out_channels, height, width)
-        return (x, seen) if capture else x
+        is_text = (jnp.arange(x.shape[1]) < tokens)[None, :, None]
+        return x, (temb, is_text, rope)

@@ -9,6 +9,7 @@ per-layer plans scan along. The model takes time from 0 to 1.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
@@ -21,7 +22,9 @@ import paro_jax
 from paro_jax import AttentionPlan, Rope, TokenGrid
 from paro_jax.models._mapping import Rows
 from paro_jax.models.layers import (
+    Heads,
     axis_rope,
+    capture_blocks,
     check_latents,
     head_norm,
     head_weights,
@@ -170,7 +173,7 @@ class Projections(nnx.Module):
         self.norm_q, self.norm_k = (nnx.RMSNorm(config.head_dim, epsilon=1e-6, rngs=rngs) for _ in range(2))
         self.mlp_in = nnx.Linear(config.dim, config.mlp_ratio * config.dim, rngs=rngs)
 
-    def qkv(self, h: Array) -> tuple[Array, Array, Array]:
+    def qkv(self, h: Array) -> Heads:
         """`[B, N, C]` -> q, k, v `[B, N, heads, D]`, normed, not rotated."""
         q, k, v = (split_heads(linear(h), self.config.num_heads) for linear in (self.to_q, self.to_k, self.to_v))
         return self.norm_q(q), self.norm_k(k), v
@@ -212,8 +215,8 @@ class DoubleBlock(nnx.Module):
         text, image = (jnp.split(s.modulation(jax.nn.silu(temb)), 6, axis=-1) for s in (self.text, self.image))
         return text, image
 
-    def heads(self, streams: tuple[Array, Array], temb: Array, rope: Rope) -> tuple[Array, Array, Array]:
-        """q, k, v in model order, normed and rotated: what `calibrate` wants to see."""
+    def heads(self, streams: tuple[Array, Array], temb: Array, rope: Rope) -> Heads:
+        """What attention sees when the block runs on `streams`."""
         q, k, v = self.qkv(streams, self.parts(temb))
         return rotate(q, rope), rotate(k, rope), v
 
@@ -247,8 +250,8 @@ class SingleBlock(Projections):
         """shift, scale and gate, `[B, C]` each."""
         return jnp.split(self.modulation(jax.nn.silu(temb)), 3, axis=-1)
 
-    def heads(self, x: Array, temb: Array, rope: Rope) -> tuple[Array, Array, Array]:
-        """q, k, v in model order, normed and rotated: what `calibrate` wants to see."""
+    def heads(self, x: Array, temb: Array, rope: Rope) -> Heads:
+        """What attention sees when the block runs on x."""
         q, k, v = self.qkv(modulate(x, *self.parts(temb)[:2]))
         return rotate(q, rope), rotate(k, rope), v
 
@@ -304,28 +307,17 @@ class Flux(nnx.Module):
         guidance: Array | None = None,
         *,
         plan: AttentionPlan | None = None,
-        capture: bool = False,
         remat: bool = False,
-    ) -> Any:
+    ) -> Array:
         """Predict.
 
         latents `[B, C, H, W]`, timestep `[B]` from 0 to 1, text (T5) `[B, T, E]`, pooled (CLIP) `[B, P]`, guidance
         `[B]` for a guided model and None for another -> `[B, C, H, W]`. ValueError for inputs that do not fit.
-        `plan`: leading axis (sites,), double blocks, then single ones; None is dense. With `capture`, also q, k, v
-        `[sites, B, N, heads, D]` after norm and rotation. `remat` recomputes blocks in the backward pass.
+        `plan`: leading axis (sites,), double blocks, then single ones; None is dense. `remat` recomputes blocks in the
+        backward pass.
         """
         config, p = self.config, self.config.patch_size
-        check_latents(latents.shape, "B C H W", config.in_channels, (1, p, p))
-        if (guidance is not None) != config.guided:
-            wanted = "an array [B], such as 3.5 for each image" if config.guided else "None, this model takes none"
-            raise ValueError(f"guidance: expected {wanted}; found {'None' if guidance is None else guidance.shape}.")
-        batch, channels, height, width = latents.shape
-        grid, tokens = (height // p, width // p), text.shape[1]
-        rope = rope_2d(grid, config.rope_dims, tokens, config.rope_theta)
-        temb = self.time(self._sinusoids(timestep, latents.dtype)) + self.pooled(pooled)
-        if guidance is not None:
-            temb = temb + self.guidance(self._sinusoids(guidance, latents.dtype))
-        image = self.patch(patchify(latents[:, None], (1, p, p)))
+        streams, context = self.enter(latents, timestep, text, pooled, guidance)
         first, last = plan, plan
         if plan is not None:
             first, last = (
@@ -335,15 +327,47 @@ class Flux(nnx.Module):
 
         def layer(x, block_and_plan):
             block, plan = block_and_plan
-            return block(x, temb, rope, plan), block.heads(x, temb, rope) if capture else None
+            return block(x, *context, plan), None
 
         layer = jax.checkpoint(layer) if remat else layer
-        streams, seen_double = jax.lax.scan(layer, (self.text(text), image), (self.double, first))
-        x, seen_single = jax.lax.scan(layer, jnp.concatenate(streams, axis=1), (self.single, last))
-        scale, shift = jnp.split(self.modulation_out(jax.nn.silu(temb)), 2, axis=-1)
-        x = self.proj_out(modulate(x[:, tokens:], shift, scale))
-        x = x.reshape(batch, *grid, channels, p, p).transpose(0, 3, 1, 4, 2, 5).reshape(latents.shape)
-        return (x, jax.tree.map(lambda *z: jnp.concatenate(z), seen_double, seen_single)) if capture else x
+        streams, _ = jax.lax.scan(layer, streams, (self.double, first))
+        x, _ = jax.lax.scan(layer, jnp.concatenate(streams, axis=1), (self.single, last))
+        batch, channels, height, width = latents.shape
+        scale, shift = jnp.split(self.modulation_out(jax.nn.silu(context[0])), 2, axis=-1)
+        x = self.proj_out(modulate(x[:, text.shape[1] :], shift, scale))
+        x = x.reshape(batch, height // p, width // p, channels, p, p)
+        return x.transpose(0, 3, 1, 4, 2, 5).reshape(latents.shape)
+
+    def capture(
+        self, latents: Array, timestep: Array, text: Array, pooled: Array, guidance: Array | None = None
+    ) -> Iterator[Heads]:
+        """q, k, v `[B, N, heads, D]` of one layer after the other, normed and rotated, in model order, for `calibrate`.
+
+        Arguments as of a call. One layer is in memory at a time; one compiled program serves all double blocks,
+        another all single ones.
+        """
+        streams, context = jax.jit(Flux.enter)(self, latents, timestep, text, pooled, guidance)
+        tokens = sum(x.shape[1] for x in streams)
+        streams = yield from capture_blocks(self.double, streams, context, tokens, self.config.num_heads)
+        x = jnp.concatenate(streams, axis=1)
+        yield from capture_blocks(self.single, x, context, tokens, self.config.num_heads)
+
+    def enter(
+        self, latents: Array, timestep: Array, text: Array, pooled: Array, guidance: Array | None
+    ) -> tuple[tuple[Array, Array], tuple]:
+        """Text tokens `[B, T, C]` and image tokens `[B, N - T, C]`, and what every block wants: temb, rope."""
+        config, p = self.config, self.config.patch_size
+        check_latents(latents.shape, "B C H W", config.in_channels, (1, p, p))
+        if (guidance is not None) != config.guided:
+            wanted = "an array [B], such as 3.5 for each image" if config.guided else "None, this model takes none"
+            raise ValueError(f"guidance: expected {wanted}; found {'None' if guidance is None else guidance.shape}.")
+        grid = (latents.shape[2] // p, latents.shape[3] // p)
+        rope = rope_2d(grid, config.rope_dims, text.shape[1], config.rope_theta)
+        temb = self.time(self._sinusoids(timestep, latents.dtype)) + self.pooled(pooled)
+        if guidance is not None:
+            temb = temb + self.guidance(self._sinusoids(guidance, latents.dtype))
+        image = self.patch(patchify(latents[:, None], (1, p, p)))
+        return (self.text(text), image), (temb, rope)
 
     def _sinusoids(self, level: Array, dtype: Any) -> Array:
         """`[B]` -> `[B, time_embed_dim]`; time and guidance count in thousandths."""

@@ -1,9 +1,9 @@
-"""What the models share: sinusoids of time, rotary tables, rotation, weights per head, patches."""
+"""What the models share: sinusoids of time, rotary tables, rotation, weights per head, patches, capture."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,9 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from paro_jax import Norm, Rope
+from paro_jax import AttentionPlan, Norm, Rope, TokenGrid
+
+Heads = tuple[Array, Array, Array]  # q, k, v of one attention layer, [B, N, heads, D] in model order
 
 
 def timestep_embedding(timestep: Array, dim: int) -> Array:
@@ -105,3 +107,24 @@ def check_latents(shape: tuple[int, ...], axes: str, channels: int, patch: tuple
             f"latents: expected [{wanted}] with {frames}H and W multiples of {patch[1]}, found {shape}; check the "
             "latent channels and pad to whole patches."
         )
+
+
+def capture_blocks(blocks: nnx.Module, x: Any, context: tuple, tokens: int, heads: int) -> Generator[Heads, None, Any]:
+    """What every model's `capture` is made of: run stacked `blocks` on x one by one, yield what attention sees in each.
+
+    A block is called as `block(x, *context, plan)` and `block.heads(x, *context)`. Returns x after the last block
+    (`x = yield from capture_blocks(...)`). Memory is that of one layer whatever their number: the layer is a traced
+    number, so one compiled program serves all, and attention is streamed over a dense plan, exact and without a map.
+    """
+    plan = AttentionPlan.dense(TokenGrid((tokens,)), heads=heads)
+    for layer in range(len(jax.tree.leaves(blocks)[0])):
+        x, qkv = run_block(blocks, layer, x, context, plan)
+        yield qkv
+    return x
+
+
+@jax.jit
+def run_block(blocks: Any, layer: Array, x: Any, context: tuple, plan: AttentionPlan) -> tuple[Any, Heads]:
+    """x after one layer of a stack, and the q, k, v of its attention."""
+    block = jax.tree.map(lambda a: a[layer], blocks)
+    return block(x, *context, plan), block.heads(x, *context)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,9 @@ from jax import Array
 import paro_jax
 from paro_jax import AttentionPlan, Rope, TokenGrid
 from paro_jax.models.layers import (
+    Heads,
     axis_rope,
+    capture_blocks,
     check_latents,
     head_weights,
     layer_norm,
@@ -145,14 +147,14 @@ class Attention(nnx.Module):
         """`[B, N, heads, D]` -> `[B, N, C]`."""
         return self.to_out(o.reshape(*o.shape[:2], -1))
 
-    def heads(self, h: Array, rope: Rope) -> tuple[Array, Array, Array]:
-        """q, k, v `[B, N, heads, D]` of self-attention, model order, normed and rotated: what `calibrate` wants."""
+    def qkv(self, h: Array, rope: Rope) -> Heads:
+        """`[B, N, C]` -> q, k, v of self-attention, normed and rotated."""
         return rotate(self.query(h), rope), rotate(self.key(h), rope), split_heads(self.to_v(h), self.num_heads)
 
     def to_self(self, h: Array, rope: Rope, plan: AttentionPlan | None) -> Array:
         """The seam: `[B, N, C]` -> `[B, N, C]`, dense without a plan."""
         if plan is None:
-            return self.out(paro_jax.attention(*self.heads(h, rope)))
+            return self.out(paro_jax.attention(*self.qkv(h, rope)))
         # A norm across heads cannot run inside `project_in`, which sees one head at a time; the rotation can.
         q = paro_jax.arrange(self.query(h), plan=plan, role="q", rope=rope)
         k = paro_jax.arrange(self.key(h), plan=plan, role="k", rope=rope)
@@ -184,6 +186,11 @@ class Block(nnx.Module):
         table = self.table[...].astype(jnp.float32)[None, None] + modulation
         shift, scale, gate = (table[:, :, 3 * which + i] for i in range(3))
         return (layer_norm(x) * (1 + scale) + shift).astype(x.dtype), gate
+
+    def heads(self, x: Array, text: Array, modulation: Array, rope: Rope) -> Heads:
+        """What self-attention sees when the block runs on x."""
+        del text
+        return self.attention.qkv(self.modulate(x, modulation, 0)[0], rope)
 
     def __call__(self, x: Array, text: Array, modulation: Array, rope: Rope, plan: AttentionPlan | None) -> Array:
         h, gate = self.modulate(x, modulation, 0)
@@ -218,20 +225,43 @@ class Wan(nnx.Module):
         text: Array,
         *,
         plan: AttentionPlan | None = None,
-        capture: bool = False,
         remat: bool = False,
-    ) -> Any:
+    ) -> Array:
         """Predict.
 
         latents `[B, C, F, H, W]`, timestep `[B]` or one per token `[B, N]` (Wan 2.2 5B), text `[B, T, E]` ->
         `[B, C_out, F, H, W]`. ValueError unless F, H, W are multiples of the patch.
-        `plan`: leading axis (sites,) = layers; None is dense. With `capture`, also q, k, v `[layers, B, N, heads, D]`
-        of self-attention after norm and rotation. `remat` recomputes blocks in the backward pass.
+        `plan`: leading axis (sites,) = layers; None is dense. `remat` recomputes blocks in the backward pass.
         """
+        x, context, temb = self.enter(latents, timestep, text)
+
+        def layer(x, block_and_plan):
+            block, plan = block_and_plan
+            return block(x, *context, plan), None
+
+        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (self.blocks, plan))
+        config = self.config
+        batch, _, *sizes = latents.shape
+        grid = (n // p for n, p in zip(sizes, config.patch, strict=True))
+        table = self.table[...].astype(jnp.float32)[None, None] + temb.astype(jnp.float32)[:, :, None]
+        x = self.proj_out((layer_norm(x) * (1 + table[:, :, 1]) + table[:, :, 0]).astype(x.dtype))
+        # Pixels come out ordered (frame, row, column, channel), unlike those that go in.
+        x = x.reshape(batch, *grid, *config.patch, config.out_channels).transpose(0, 7, 1, 4, 2, 5, 3, 6)
+        return x.reshape(batch, config.out_channels, *sizes)
+
+    def capture(self, latents: Array, timestep: Array, text: Array) -> Iterator[Heads]:
+        """q, k, v `[B, N, heads, D]` of one self-attention after the other, normed and rotated, for `calibrate`.
+
+        Arguments as of a call. One layer is in memory at a time, and one compiled program serves them all.
+        """
+        x, context, _ = jax.jit(Wan.enter)(self, latents, timestep, text)
+        yield from capture_blocks(self.blocks, x, context, x.shape[1], self.config.num_heads)
+
+    def enter(self, latents: Array, timestep: Array, text: Array) -> tuple[Array, tuple, Array]:
+        """Tokens `[B, N, C]`, what every block wants (text, modulation, rope), and temb `[B, 1 or N, C]`."""
         config = self.config
         check_latents(latents.shape, "B C F H W", config.in_channels, config.patch)
-        batch, _, *sizes = latents.shape
-        grid = tuple(n // p for n, p in zip(sizes, config.patch, strict=True))
+        grid = tuple(n // p for n, p in zip(latents.shape[2:], config.patch, strict=True))
         rope = rope_3d(grid, config.head_dim, config.rope_theta)
         x = self.patch(patchify(latents.swapaxes(1, 2), config.patch))
         # One timestep for all tokens or one for each: [B, 1 or N, ...] from here on.
@@ -240,16 +270,4 @@ class Wan(nnx.Module):
         temb = self.time_out(jax.nn.silu(self.time_in(time))).astype(latents.dtype)
         modulation = self.modulation(jax.nn.silu(temb)).astype(jnp.float32).reshape(*temb.shape[:2], 6, config.dim)
         text = self.text_out(jax.nn.gelu(self.text_in(text), approximate=True))
-
-        def layer(x, block_and_plan):
-            block, plan = block_and_plan
-            seen = block.attention.heads(block.modulate(x, modulation, 0)[0], rope) if capture else None
-            return block(x, text, modulation, rope, plan), seen
-
-        x, seen = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (self.blocks, plan))
-        table = self.table[...].astype(jnp.float32)[None, None] + temb.astype(jnp.float32)[:, :, None]
-        x = self.proj_out((layer_norm(x) * (1 + table[:, :, 1]) + table[:, :, 0]).astype(x.dtype))
-        # Pixels come out ordered (frame, row, column, channel), unlike those that go in.
-        x = x.reshape(batch, *grid, *config.patch, config.out_channels).transpose(0, 7, 1, 4, 2, 5, 3, 6)
-        x = x.reshape(batch, config.out_channels, *sizes)
-        return (x, seen) if capture else x
+        return x, (text, modulation, rope), temb
