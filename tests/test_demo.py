@@ -138,7 +138,7 @@ def test_ssim_is_that_of_pictures_from_black_to_white():
 
 
 def test_training_batches_are_a_function_of_the_step():
-    (a, words), (b, _) = train.batch(7, (5, 3, 4), 2), train.batch(7, (5, 3, 4), 2)
+    (a, words, _), (b, _, _) = train.batch(7, (5, 3, 4), 2), train.batch(7, (5, 3, 4), 2)
     np.testing.assert_array_equal(a, b)
     assert a.shape == (2, 5, 12, 6, 8) and words.shape == (2, data.CAPTION_WORDS)
     assert not np.array_equal(a, train.batch(8, (5, 3, 4), 2)[0])
@@ -146,8 +146,8 @@ def test_training_batches_are_a_function_of_the_step():
 
 def test_training_loss_has_a_gradient_for_every_weight(net):
     graph, params = nnx.split(net, nnx.Param)
-    latents, words = train.batch(0, (3, 3, 4), 2)
-    loss = jax.jit(jax.value_and_grad(lambda p: train.loss(graph, p, latents, words, jax.random.key(0))))
+    latents, words, at = train.batch(0, (3, 3, 4), 2)
+    loss = jax.jit(jax.value_and_grad(lambda p: train.loss(graph, p, latents, words, at, jax.random.key(0))))
     value, grads = loss(params)
     assert 0 < float(value) < 0.4  # the trained model on a tiny crop; 1.3 before training
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads))

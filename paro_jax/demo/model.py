@@ -19,7 +19,7 @@ CONFIG = CogVideoXConfig(
     num_layers=6,
     num_heads=6,
     head_dim=32,
-    in_channels=12,
+    in_channels=12 + 15,  # pixels, and where they are
     out_channels=12,
     time_embed_dim=128,
     text_embed_dim=64,
@@ -34,27 +34,53 @@ WEIGHTS = pathlib.Path(__file__).with_name("weights.safetensors")
 
 
 class DemoModel(nnx.Module):
-    """word ids `[B, T]` and a noisy latent video -> v."""
+    """word ids `[B, T]` and a noisy latent video -> v.
+
+    Beside its 12 channels every latent pixel gets those of `where`: rotary attention alone knows only differences of
+    places, and the captions speak of places.
+    """
 
     def __init__(self, config: CogVideoXConfig = CONFIG, *, rngs: nnx.Rngs):
         self.words = nnx.Embed(len(data.WORDS), config.text_embed_dim, rngs=rngs)
         self.places = nnx.Embed(config.text_length, config.text_embed_dim, rngs=rngs)
         self.transformer = CogVideoX(config, rngs=rngs)
 
-    def __call__(self, latents: Array, timestep: Array, words: Array, **options) -> Array:
-        """latents `[B, F, C, H, W]`, timestep `[B]`, words int32 `[B, T]`; options as `CogVideoX.__call__`."""
-        return self.transformer(latents, timestep, self.text(words).astype(latents.dtype), **options)
+    def __call__(self, latents: Array, timestep: Array, words: Array, at: Array | None = None, **options) -> Array:
+        """latents `[B, F, 12, H, W]`, timestep `[B]`, words int32 `[B, T]`; options as `CogVideoX.__call__`.
+
+        `at`: int32 `[B, 3]`, the place (frame, row, column) of a crop in the whole video; None is the whole.
+        """
+        return self.transformer(*self.inputs(latents, timestep, words, at), **options)
 
     def capture(self, latents: Array, timestep: Array, words: Array) -> Iterator[Heads]:
         """q, k, v of one layer after the other, as `CogVideoX.capture`."""
-        yield from self.transformer.capture(latents, timestep, self.text(words).astype(latents.dtype))
+        yield from self.transformer.capture(*self.inputs(latents, timestep, words))
 
-    def text(self, words: Array) -> Array:
-        """Word ids `[B, T]` -> embeddings `[B, T, E]`."""
-        return self.words(words) + self.places(jnp.arange(words.shape[1]))[None]
+    def inputs(self, latents: Array, timestep: Array, words: Array, at: Array | None = None) -> tuple[Array, ...]:
+        """What the transformer takes: latents and `where`, timestep, text embeddings `[B, T, E]`."""
+        latents = jnp.concatenate([latents, where(latents.shape, at).astype(latents.dtype)], axis=2)
+        text = self.words(words) + self.places(jnp.arange(words.shape[1]))[None]
+        return latents, timestep, text.astype(latents.dtype)
+
+
+def where(shape: tuple[int, ...], at: Array | None = None, config: CogVideoXConfig = CONFIG) -> Array:
+    """Places in the video as f32 `[B, F, 15, H, W]`: per axis u in [-1, 1], and sine and cosine of pi u and 2 pi u.
+
+    `shape`: `[B, F, C, H, W]`; `at` as of `DemoModel`.
+    """
+    batch, frames, _, height, width = shape
+    at = jnp.zeros((batch, 3), jnp.int32) if at is None else at
+    sizes, whole = (frames, height, width), (config.frames, config.height, config.width)
+    parts = []
+    for axis in range(3):
+        u = (at[:, axis, None] + jnp.arange(sizes[axis]) + 0.5) * (2 / whole[axis]) - 1
+        waves = jnp.stack([u, *(wave(n * jnp.pi * u) for n in (1, 2) for wave in (jnp.sin, jnp.cos))], axis=1)
+        others = [2 + other for other in range(3) if other != axis]
+        parts.append(jnp.broadcast_to(jnp.expand_dims(waves, others), (batch, 5, *sizes)))
+    return jnp.swapaxes(jnp.concatenate(parts, axis=1), 1, 2)
 
 
 def initial_noise(seed: int, config: CogVideoXConfig = CONFIG) -> np.ndarray:
     """Standard normal f32 `[1, F, C, H, W]`, the same on every machine."""
-    shape = (1, config.frames, config.in_channels, config.height, config.width)
+    shape = (1, config.frames, config.out_channels, config.height, config.width)
     return np.random.default_rng((seed, 2)).standard_normal(shape, dtype=np.float32)

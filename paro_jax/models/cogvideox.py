@@ -21,6 +21,7 @@ import paro_jax
 from paro_jax import AttentionPlan, Rope, TokenGrid
 from paro_jax.models._mapping import Rows
 from paro_jax.models.layers import (
+    Dense,
     Heads,
     axis_rope,
     capture_blocks,
@@ -194,16 +195,24 @@ class Block(nnx.Module):
         self.mlp_in = nnx.Linear(dim, config.mlp_ratio * dim, rngs=rngs)
         self.mlp_out = nnx.Linear(config.mlp_ratio * dim, dim, rngs=rngs)
 
-    def __call__(self, x: Array, temb: Array, is_text: Array, rope: Rope | None, plan: AttentionPlan | None) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        temb: Array,
+        is_text: Array,
+        rope: Rope | None,
+        plan: AttentionPlan | None,
+        dense: Dense | None = None,
+    ) -> Array:
         h, gate = self.norm1(x, temb, is_text)
-        x = x + gate * self.attention(h, rope, plan)
+        x = x + gate * self.attention(h, rope, plan, dense)
         h, gate = self.norm2(x, temb, is_text)
         return x + gate * self.mlp_out(jax.nn.gelu(self.mlp_in(h), approximate=True))
 
-    def attention(self, h: Array, rope: Rope | None, plan: AttentionPlan | None) -> Array:
-        """The seam: `[B, N, C]` -> `[B, N, C]`, dense without a plan."""
+    def attention(self, h: Array, rope: Rope | None, plan: AttentionPlan | None, dense: Dense | None) -> Array:
+        """The seam: `[B, N, C]` -> `[B, N, C]`, `dense` without a plan."""
         if plan is None:
-            o = paro_jax.attention(*self.qkv(h, rope))
+            o = (dense or paro_jax.attention)(*self.qkv(h, rope))
         else:
 
             def project(role: Literal["q", "k", "v"], linear: nnx.Linear, norm: nnx.LayerNorm | None):
@@ -258,19 +267,22 @@ class CogVideoX(nnx.Module):
         text: Array,
         *,
         plan: AttentionPlan | None = None,
+        dense: Dense | None = None,
         remat: bool = False,
     ) -> Array:
         """Predict.
 
         latents `[B, F, C, H, W]`, timestep `[B]`, text `[B, T, E]` -> `[B, F, C_out, H, W]`. ValueError unless F, H, W
         are multiples of the patch; `config.padded_frames` is such an F.
-        `plan`: leading axis (sites,) = layers; None is dense. `remat` recomputes blocks in the backward pass.
+        `plan`: leading axis (sites,) = layers. Without one attention is dense: `dense(q, k, v)`, for example
+        `partial(paro_jax.attention, implementation="cudnn")`; by default `paro_jax.attention`. `remat` recomputes
+        blocks in the backward pass.
         """
         x, context = self.enter(latents, timestep, text)
 
         def layer(x, block_and_plan):
             block, plan = block_and_plan
-            return block(x, *context, plan), None
+            return block(x, *context, plan, dense), None
 
         x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (self.blocks, plan))
         config, (f, p, _) = self.config, self.config.patch

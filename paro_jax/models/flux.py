@@ -22,6 +22,7 @@ import paro_jax
 from paro_jax import AttentionPlan, Rope, TokenGrid
 from paro_jax.models._mapping import Rows
 from paro_jax.models.layers import (
+    Dense,
     Heads,
     axis_rope,
     capture_blocks,
@@ -221,13 +222,18 @@ class DoubleBlock(nnx.Module):
         return rotate(q, rope), rotate(k, rope), v
 
     def __call__(
-        self, streams: tuple[Array, Array], temb: Array, rope: Rope, plan: AttentionPlan | None
+        self,
+        streams: tuple[Array, Array],
+        temb: Array,
+        rope: Rope,
+        plan: AttentionPlan | None,
+        dense: Dense | None = None,
     ) -> tuple[Array, Array]:
         """streams: text `[B, T, C]` and image `[B, N - T, C]`."""
         parts = self.parts(temb)
         q, k, v = self.qkv(streams, parts)
         if plan is None:
-            o = paro_jax.attention(rotate(q, rope), rotate(k, rope), v)
+            o = (dense or paro_jax.attention)(rotate(q, rope), rotate(k, rope), v)
         else:
             # Two projections feed each of q, k and v, so they are arranged once joined.
             q = paro_jax.arrange(q, plan=plan, role="q", rope=rope)
@@ -255,11 +261,11 @@ class SingleBlock(Projections):
         q, k, v = self.qkv(modulate(x, *self.parts(temb)[:2]))
         return rotate(q, rope), rotate(k, rope), v
 
-    def attention(self, h: Array, rope: Rope, plan: AttentionPlan | None) -> Array:
-        """The seam: `[B, N, C]` -> `[B, N, heads, D]`, dense without a plan."""
+    def attention(self, h: Array, rope: Rope, plan: AttentionPlan | None, dense: Dense | None) -> Array:
+        """The seam: `[B, N, C]` -> `[B, N, heads, D]`, `dense` without a plan."""
         if plan is None:
             q, k, v = self.qkv(h)
-            return paro_jax.attention(rotate(q, rope), rotate(k, rope), v)
+            return (dense or paro_jax.attention)(rotate(q, rope), rotate(k, rope), v)
 
         def project(role: Literal["q", "k", "v"], linear: nnx.Linear, norm: nnx.RMSNorm | None):
             return paro_jax.project_in(
@@ -274,10 +280,12 @@ class SingleBlock(Projections):
         q, k = project("q", self.to_q, self.norm_q), project("k", self.to_k, self.norm_k)
         return paro_jax.attend(q, k, project("v", self.to_v, None), plan=plan)
 
-    def __call__(self, x: Array, temb: Array, rope: Rope, plan: AttentionPlan | None) -> Array:
+    def __call__(
+        self, x: Array, temb: Array, rope: Rope, plan: AttentionPlan | None, dense: Dense | None = None
+    ) -> Array:
         shift, scale, gate = self.parts(temb)
         h = modulate(x, shift, scale)
-        o = self.attention(h, rope, plan)
+        o = self.attention(h, rope, plan, dense)
         return x + gate[:, None] * self.to_out(jnp.concatenate([o.reshape(x.shape), self.mlp(h)], -1))
 
 
@@ -307,14 +315,16 @@ class Flux(nnx.Module):
         guidance: Array | None = None,
         *,
         plan: AttentionPlan | None = None,
+        dense: Dense | None = None,
         remat: bool = False,
     ) -> Array:
         """Predict.
 
         latents `[B, C, H, W]`, timestep `[B]` from 0 to 1, text (T5) `[B, T, E]`, pooled (CLIP) `[B, P]`, guidance
         `[B]` for a guided model and None for another -> `[B, C, H, W]`. ValueError for inputs that do not fit.
-        `plan`: leading axis (sites,), double blocks, then single ones; None is dense. `remat` recomputes blocks in the
-        backward pass.
+        `plan`: leading axis (sites,), double blocks, then single ones. Without one attention is dense:
+        `dense(q, k, v)`, for example `partial(paro_jax.attention, implementation="cudnn")`; by default
+        `paro_jax.attention`. `remat` recomputes blocks in the backward pass.
         """
         config, p = self.config, self.config.patch_size
         streams, context = self.enter(latents, timestep, text, pooled, guidance)
@@ -327,7 +337,7 @@ class Flux(nnx.Module):
 
         def layer(x, block_and_plan):
             block, plan = block_and_plan
-            return block(x, *context, plan), None
+            return block(x, *context, plan, dense), None
 
         layer = jax.checkpoint(layer) if remat else layer
         streams, _ = jax.lax.scan(layer, streams, (self.double, first))

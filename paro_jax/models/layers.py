@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jax import Array
 from paro_jax import AttentionPlan, Norm, Rope, TokenGrid
 
 Heads = tuple[Array, Array, Array]  # q, k, v of one attention layer, [B, N, heads, D] in model order
+Dense = Callable[[Array, Array, Array], Array]  # attention without a plan: q, k, v -> [B, N, heads, D]
 
 
 def timestep_embedding(timestep: Array, dim: int) -> Array:

@@ -20,6 +20,7 @@ from jax import Array
 import paro_jax
 from paro_jax import AttentionPlan, Rope, TokenGrid
 from paro_jax.models.layers import (
+    Dense,
     Heads,
     axis_rope,
     capture_blocks,
@@ -151,10 +152,10 @@ class Attention(nnx.Module):
         """`[B, N, C]` -> q, k, v of self-attention, normed and rotated."""
         return rotate(self.query(h), rope), rotate(self.key(h), rope), split_heads(self.to_v(h), self.num_heads)
 
-    def to_self(self, h: Array, rope: Rope, plan: AttentionPlan | None) -> Array:
-        """The seam: `[B, N, C]` -> `[B, N, C]`, dense without a plan."""
+    def to_self(self, h: Array, rope: Rope, plan: AttentionPlan | None, dense: Dense | None) -> Array:
+        """The seam: `[B, N, C]` -> `[B, N, C]`, `dense` without a plan."""
         if plan is None:
-            return self.out(paro_jax.attention(*self.qkv(h, rope)))
+            return self.out((dense or paro_jax.attention)(*self.qkv(h, rope)))
         # A norm across heads cannot run inside `project_in`, which sees one head at a time; the rotation can.
         q = paro_jax.arrange(self.query(h), plan=plan, role="q", rope=rope)
         k = paro_jax.arrange(self.key(h), plan=plan, role="k", rope=rope)
@@ -192,9 +193,17 @@ class Block(nnx.Module):
         del text
         return self.attention.qkv(self.modulate(x, modulation, 0)[0], rope)
 
-    def __call__(self, x: Array, text: Array, modulation: Array, rope: Rope, plan: AttentionPlan | None) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        text: Array,
+        modulation: Array,
+        rope: Rope,
+        plan: AttentionPlan | None,
+        dense: Dense | None = None,
+    ) -> Array:
         h, gate = self.modulate(x, modulation, 0)
-        x = (x.astype(jnp.float32) + self.attention.to_self(h, rope, plan) * gate).astype(x.dtype)
+        x = (x.astype(jnp.float32) + self.attention.to_self(h, rope, plan, dense) * gate).astype(x.dtype)
         h = self.norm_cross(x.astype(jnp.float32)).astype(x.dtype)
         x = x + self.cross.to_text(h, text)
         h, gate = self.modulate(x, modulation, 1)
@@ -225,19 +234,22 @@ class Wan(nnx.Module):
         text: Array,
         *,
         plan: AttentionPlan | None = None,
+        dense: Dense | None = None,
         remat: bool = False,
     ) -> Array:
         """Predict.
 
         latents `[B, C, F, H, W]`, timestep `[B]` or one per token `[B, N]` (Wan 2.2 5B), text `[B, T, E]` ->
         `[B, C_out, F, H, W]`. ValueError unless F, H, W are multiples of the patch.
-        `plan`: leading axis (sites,) = layers; None is dense. `remat` recomputes blocks in the backward pass.
+        `plan`: leading axis (sites,) = layers. Without one self-attention is dense: `dense(q, k, v)`, for example
+        `partial(paro_jax.attention, implementation="cudnn")`; by default `paro_jax.attention`. `remat` recomputes
+        blocks in the backward pass.
         """
         x, context, temb = self.enter(latents, timestep, text)
 
         def layer(x, block_and_plan):
             block, plan = block_and_plan
-            return block(x, *context, plan), None
+            return block(x, *context, plan, dense), None
 
         x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (self.blocks, plan))
         config = self.config
