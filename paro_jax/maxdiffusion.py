@@ -114,18 +114,16 @@ def put_in_wan(model: Any, plan: AttentionPlan) -> None:
     that is not built as said.
     """
     blocks: Any = getattr(model, "blocks", None)
-    one: Any = blocks[0] if isinstance(blocks, (list, tuple, nnx.List)) else blocks
+    unrolled: list[Any] = list(blocks) if isinstance(blocks, (list, tuple, nnx.List)) else []
+    one = unrolled[0] if unrolled else blocks
     op = getattr(getattr(one, "attn1", None), "attention_op", None)
     if op is None:
         raise ValueError(f"model: expected a WanModel with blocks.attn1.attention_op, found {type(model).__name__}.")
-    scanned = one is blocks
-    layers = len(jax.tree.leaves(nnx.state(blocks, nnx.Param))[0]) if scanned else len(blocks)
+    layers = len(unrolled) or len(jax.tree.leaves(nnx.state(one, nnx.Param))[0])
     _check(plan, layers, op.heads)
-    if scanned:
-        blocks.attn1.attention_op = PlannedAttention(plan, heads=op.heads, scale=op.scale)
-        return
-    for i, block in enumerate(blocks):
-        block.attn1.attention_op = PlannedAttention(plan[i], heads=op.heads, scale=op.scale)
+    for i, block in enumerate(unrolled or [one]):
+        mine = plan[i] if unrolled else plan
+        block.attn1.attention_op = PlannedAttention(mine, heads=op.heads, scale=op.scale)
 
 
 def put_in_flux(params: Mapping[str, Any], plan: AttentionPlan) -> tuple[dict[str, Any], Callable[..., Any]]:
