@@ -73,7 +73,7 @@ def where(shape: tuple[int, ...], at: Array | None = None, config: CogVideoXConf
     sizes, whole = (frames, height, width), (config.frames, config.height, config.width)
     parts = []
     for axis in range(3):
-        u = (at[:, axis, None] + jnp.arange(sizes[axis]) + 0.5) * (2 / whole[axis]) - 1
+        u = (at[:, axis, None] + jnp.arange(sizes[axis])[None] + 0.5) * (2 / whole[axis]) - 1
         waves = jnp.stack([u, *(wave(n * jnp.pi * u) for n in (1, 2) for wave in (jnp.sin, jnp.cos))], axis=1)
         others = [2 + other for other in range(3) if other != axis]
         parts.append(jnp.broadcast_to(jnp.expand_dims(waves, others), (batch, 5, *sizes)))
