@@ -80,7 +80,7 @@ def prompt(seed):
     """A caption, its word ids beside those of no caption, and the noise to start from."""
     scene = data.random_scene(seed)
     words = np.stack([np.zeros(CONFIG.text_length, np.int32), data.tokenise(scene.caption)])
-    noise = np.random.default_rng(seed).standard_normal((1, FRAMES, CONFIG.in_channels, HEIGHT, WIDTH), np.float32)
+    noise = np.random.default_rng(seed).standard_normal((1, FRAMES, CONFIG.out_channels, HEIGHT, WIDTH), np.float32)
     return scene.caption, jnp.asarray(words), jnp.asarray(noise)
 
 

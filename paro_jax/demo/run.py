@@ -99,7 +99,7 @@ class Capture:
     def __init__(self, net: model.DemoModel, scenes: Iterable[data.Scene], steps: int, at: Sequence[int], tick=None):
         self.samples: list[calibrate.Sample] = []
         for scene in scenes:
-            words, x = words_for(scene), jnp.asarray(model.initial_noise(scene.seed))
+            words, x = jnp.asarray(words_for(scene)), jnp.asarray(model.initial_noise(scene.seed))
             for index in range(max(at) + 1):
                 if index in at:
                     seen = net.capture(_twice(x), _twice(_time(index, steps)), words)
