@@ -4,6 +4,7 @@ Private JAX names live here: the interpreter has no public way to ask whether it
 found, or to clean up after a kernel that failed (jax 0.11.2 to 0.12).
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ def interpret(device: str = "sm_90", *, detect_races: bool = True) -> Iterator[N
     """`with interpret():` Mosaic kernels called inside run on this CPU, as if it were a GPU of kind `device`.
 
     What is traced inside knows it (the context is part of jit's key), so nothing leaks out and nothing stale leaks in.
-    Slow: seconds for a few hundred tokens. Raises Race where `detect_races` finds one (jax 0.12 raises by itself, at the
-    kernel), ValueError for a device that is not a compute capability.
+    Slow: seconds for a few hundred tokens. Raises Race where `detect_races` finds one (jax 0.12 raises by itself, at
+    the kernel), ValueError for a device that is not a compute capability.
     """
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -51,6 +52,23 @@ def _params() -> type:
         device: str
 
     return Params
+
+
+# Below this XLA hands an array to a callback at once; a larger one is copied by a thread of its pool, which is as large
+# as the machine has cores, or as NPROC says when Python starts. A kernel's three warpgroups wait inside callbacks.
+_AT_ONCE = 100 * 1024
+_THREADS = 4
+
+
+def interpreter_would_hang(nbytes: int) -> str | None:
+    """A reason when a kernel with an array of `nbytes` would wait for itself in the interpreter on this machine."""
+    threads = int(os.environ.get("NPROC") or os.cpu_count() or 1)
+    if nbytes < _AT_ONCE or threads >= _THREADS:
+        return None
+    return (
+        f"the interpreter needs {_THREADS} threads for arrays of {_AT_ONCE} bytes and more, and has {threads}; set "
+        "NPROC=8 in the environment before Python starts, or interpret something smaller"
+    )
 
 
 def interpreted_device() -> str | None:

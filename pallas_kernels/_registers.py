@@ -13,7 +13,7 @@ import numpy as np
 MAGIC = 12582912.0
 MAGIC_BITS = 0x4B400000
 
-# The keys of 16 positions of the left operand: thread t of four packs 4t..4t+3, and holds scores 2t, 2t+1, 8+2t, 8+2t+1.
+# The keys at 16 positions of the left operand: thread t of four holds scores 2t, 2t+1, 8+2t, 8+2t+1 and packs 4t..4t+3.
 KEY_ORDER = tuple(key for t in range(4) for key in (2 * t, 2 * t + 1, 8 + 2 * t, 8 + 2 * t + 1))
 
 

@@ -55,7 +55,9 @@ def test_none_named_and_none_able_gives_every_reason():
 
 
 def test_a_name_that_does_not_exist_is_the_callers_mistake():
-    with pytest.raises(ValueError, match="implementation: expected None or one of 'hopper', 'xla', 'reference', got 'cuda'"):
+    with pytest.raises(
+        ValueError, match="implementation: expected None or one of 'hopper', 'xla', 'reference', got 'cuda'"
+    ):
         choose(REQUEST, BACKENDS, "cuda")
 
 

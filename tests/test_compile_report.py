@@ -45,7 +45,9 @@ def test_clocks_are_instructions_over_rates():
     assert clocks["tensor"] == 1024 / 4
 
 
-@pytest.mark.parametrize(("kind", "clocks"), [("IGMMA.64x128x32", 256), ("QGMMA.64x128x32", 256), ("HGMMA.64x128x32", 512)])
+@pytest.mark.parametrize(
+    ("kind", "clocks"), [("IGMMA.64x128x32", 256), ("QGMMA.64x128x32", 256), ("HGMMA.64x128x32", 512)]
+)
 def test_each_kind_of_tensor_instruction_has_its_rate(kind, clocks):
     loop = compile_report.main_loop(SASS.replace("IGMMA.64x128x32.S8.S8", kind))
     assert compile_report.per_block(loop, 64 * 128)[1]["tensor"] == clocks

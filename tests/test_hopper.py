@@ -1,4 +1,4 @@
-"""The Hopper kernel on four rungs: reference, interpreter with race detection, ahead-of-time compile, the GPU itself."""
+"""The Hopper kernel on four rungs: reference, interpreter with races detected, ahead-of-time compile, the GPU itself."""
 
 from dataclasses import replace
 
@@ -31,11 +31,11 @@ def check(problem: Problem) -> None:
     assert_close(lse, expected_lse, 2e-2 if "bf16" in (problem.qk, problem.pv) else 1e-4)
 
 
-# ---- rungs 1 and 2: the reference, in the interpreter, races detected -------------------------------------------------
+# ---- rungs 1 and 2: the reference, in the interpreter, races detected -----------------------------------------------
 
 TINY = dict(heads=2, q_tokens=70, kv_tokens=130, head_dim=64)
 CASES = {
-    "bf16, one list per consumer, a query block without a partner": dict(dtype="bfloat16", q_tokens=130, mask="empty rows"),
+    "bf16, a query block without a partner": dict(dtype="bfloat16", q_tokens=130, mask="empty rows"),
     "int8, one shared list": dict(qk="int8", pv="int8", block=(128, 128), mask="ones"),
     "int8, the running rule": dict(qk="int8", pv="int8", block=(128, 64), p_scale="running"),
     "fp8, head_dim padded": dict(qk="fp8", pv="fp8", head_dim=40, mask="first skipped"),
@@ -119,6 +119,17 @@ def test_a_refusal_names_what_is_in_the_way(changed, reason):
     assert hopper.why_not(REQUEST) is None
     with pytest.raises(NoBackend, match=reason):
         choose(replace(REQUEST, **changed), BACKENDS, "hopper")
+
+
+def test_the_interpreter_refuses_what_would_hang_it(monkeypatch):
+    small, large = (replace(REQUEST, heads=2, q_tokens=n, kv_tokens=n) for n in (130, 4096))
+    monkeypatch.setenv("NPROC", "2")
+    assert hopper.why_not(large) is None
+    with interpret():
+        assert hopper.why_not(small) is None
+        assert "has 2; set NPROC=8 in the environment before Python starts" in str(hopper.why_not(large))
+        monkeypatch.setenv("NPROC", "8")
+        assert hopper.why_not(large) is None
 
 
 def test_every_tile_fits():
@@ -219,8 +230,8 @@ def test_gpu_is_the_reference(widths, head_dim, block, lengths):
 def test_gpu_masks_groups_and_repeats(widths, mask):
     qk, pv = widths
     problem = Problem(
-        batch=2, q_tokens=450, kv_tokens=450, mask=mask, qk=qk, pv=pv, dtype="bfloat16" if "bf16" in widths else "float32",
-        q_group="block", k_group="row", v_group="block", p_scale="running", head_dim=128,
+        batch=2, q_tokens=450, kv_tokens=450, mask=mask, qk=qk, pv=pv, q_group="block", k_group="row", v_group="block",
+        p_scale="running", head_dim=128, dtype="bfloat16" if "bf16" in widths else "float32",
     )  # fmt: skip
     check(problem)
     for a, b in zip(problem.solve("hopper"), problem.solve("hopper"), strict=True):

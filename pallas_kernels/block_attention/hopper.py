@@ -23,7 +23,7 @@ from jax import lax
 from pallas_kernels import _permute, _registers
 from pallas_kernels._check import FLOATS, WIDTHS
 from pallas_kernels._choose import ALL_WIDTHS, Request, widths_served
-from pallas_kernels._interpret import interpreted_device
+from pallas_kernels._interpret import interpreted_device, interpreter_would_hang
 from pallas_kernels._registers import MAGIC, MAGIC_BITS
 from pallas_kernels.block_attention.reference import token_scales
 from pallas_kernels.block_attention.xla import Spec, attend_bwd
@@ -62,6 +62,9 @@ def why_not(request: Request) -> str | None:
         return f"head_dim {request.head_dim} > {HEAD_DIMS[-1]}"
     if not candidates(request):
         return f"no tile fits in {_SMEM} bytes of shared memory"
+    if interpreted_device() is not None:
+        tokens = max(request.q_tokens, request.kv_tokens)
+        return interpreter_would_hang(4 * request.batch * request.heads * tokens * padded_dim(request.head_dim))
     return None
 
 
@@ -172,8 +175,8 @@ def _forward(spec: Spec, tiles: Tiles, q, k, v, count, index, slots, q_scale=Non
 
     call = _Call(batch, heads, q_tokens, kv_tokens, dim, block, to_log2, qk, pv, p_scale, out_dtype, tiles, q.dtype,
                  v.dtype, interpreted_device() is not None)  # fmt: skip
-    arrays = dict(rows=rows, count=count, index=index, slots=slots, facts=facts, q=q, k=k, v=v, q_row=q_row, k_row=k_row,
-                  v_channel=v_channel, v_block=v_block)  # fmt: skip
+    arrays = dict(rows=rows, count=count, index=index, slots=slots, facts=facts, q=q, k=k, v=v, q_row=q_row,
+                  k_row=k_row, v_channel=v_channel, v_block=v_block)  # fmt: skip
     o, lse = call.run({name: array for name, array in arrays.items() if array is not None})
     return o[..., :head_dim], _permute.to_model(lse[:, :, :q_tokens, None], slots[:, :q_tokens])[..., 0]
 
@@ -271,7 +274,9 @@ class _Call:
             scratch["v_block"] = plain(ring, dim)
         readers = 2 // walks
         barriers = dict(
-            q=plgpu.Barrier(num_arrivals=sum(name in scratch for name in ("q", "slots", "q_row", "v_channel")), num_barriers=2),
+            q=plgpu.Barrier(
+                num_arrivals=sum(name in scratch for name in ("q", "slots", "q_row", "v_channel")), num_barriers=2
+            ),
             k=plgpu.Barrier(num_arrivals=2 + ("k_row" in scratch), num_barriers=ring),
             v=plgpu.Barrier(num_arrivals=1 + ("v_block" in scratch), num_barriers=ring),
             k_free=plgpu.Barrier(num_arrivals=readers, num_barriers=ring),
