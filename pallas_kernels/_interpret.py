@@ -54,20 +54,20 @@ def _params() -> type:
     return Params
 
 
-# Below this XLA hands an array to a callback at once; a larger one is copied by a thread of its pool, which is as large
-# as the machine has cores, or as NPROC says when Python starts. A kernel's three warpgroups wait inside callbacks.
+# Below this XLA hands an array to a callback at once; a larger one is copied by its thread pool, one thread a core,
+# while a kernel's three warpgroups wait inside callbacks. Seen to hang with two cores (jax 0.12).
 _AT_ONCE = 100 * 1024
-_THREADS = 4
+_CORES = 4
 
 
 def interpreter_would_hang(nbytes: int) -> str | None:
-    """A reason when a kernel with an array of `nbytes` would wait for itself in the interpreter on this machine."""
-    threads = int(os.environ.get("NPROC") or os.cpu_count() or 1)
-    if nbytes < _AT_ONCE or threads >= _THREADS:
+    """A reason when a kernel with an array of `nbytes` may wait for itself in the interpreter on this machine."""
+    cores = os.cpu_count() or 1
+    if nbytes < _AT_ONCE or cores >= _CORES:
         return None
     return (
-        f"the interpreter needs {_THREADS} threads for arrays of {_AT_ONCE} bytes and more, and has {threads}; set "
-        "NPROC=8 in the environment before Python starts, or interpret something smaller"
+        f"the interpreter needs {_CORES} cores for arrays of {_AT_ONCE} bytes and more, this machine has {cores}; "
+        "interpret something smaller"
     )
 
 

@@ -42,7 +42,6 @@ def pack(p: jax.Array) -> jax.Array:
 
     out = plgpu.ShapeDtypeStruct(p.shape, jnp.int8, layout=plgpu.Layout.WGMMA_8BIT)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=out)
     def packed(ctx: Any, p: Any) -> Any:
         i32, i8 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(8)
         registers = np.empty(fa.WGMMA_LAYOUT_8BIT.registers_shape(p.shape), dtype=object)
@@ -67,4 +66,5 @@ def pack(p: jax.Array) -> jax.Array:
             _registers=target.reshape(registers.shape), _layout=fa.WGMMA_LAYOUT_8BIT, _is_signed=True
         )
 
-    return packed(p)
+    inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=out)
+    return inline(packed)(p)

@@ -130,8 +130,8 @@ def measure(name: str, request: Request, target: str, progress: Progress = lambd
         raise NoBackend(f"no kernel can be compiled for {request}: hopper: {reason}.")
     progress(f"compiling {name} for {target}")
     with tempfile.TemporaryDirectory() as folder:
-        ptx = compile_ahead(request, target, Path(folder))
-        facts, sass = assemble(ptx, target, Path(folder))
+        ptx, facts = compile_ahead(request, target, Path(folder))
+        sass = disassemble(ptx, target, Path(folder))
     loop = main_loop(sass)
     tiles = hopper.candidates(request)[0]
     instructions, clocks = per_block(loop, hopper.ROWS * tiles.keys)
@@ -195,12 +195,16 @@ def _tool(name: str) -> Path | None:
     return None
 
 
-def compile_ahead(request: Request, target: str, folder: Path) -> str:
-    """The PTX of a request's kernel, by way of Mosaic and XLA in a process of its own: they read settings once."""
+def compile_ahead(request: Request, target: str, folder: Path) -> tuple[str, Row]:
+    """(PTX, {registers, spills, barriers}) of a request's kernel, by way of Mosaic in a process of its own.
+
+    Its settings are read once a process.
+    """
     settings = {
         "JAX_PLATFORMS": "cpu",
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "MOSAIC_GPU_DUMP_PTX": "1",
+        "MOSAIC_GPU_DUMP_PTXAS": "1",
         "MOSAIC_GPU_DUMP_TO": str(folder),
     }
     work = json.dumps({"request": asdict(request), "target": target})
@@ -213,7 +217,7 @@ def compile_ahead(request: Request, target: str, folder: Path) -> str:
     found = sorted(folder.glob("*.ptx"))
     if done.returncode or not found:
         raise RuntimeError(f"{request} did not compile for {target}: {done.stderr.strip()[-2000:]}")
-    return found[-1].read_text()
+    return found[-1].read_text(), ptxas_facts(found[-1].with_suffix(".ptxas").read_text())
 
 
 def lower(request: Request, target: str) -> Any:
@@ -250,25 +254,26 @@ def lower(request: Request, target: str) -> Any:
     return jax.jit(run).lower(*arrays).compile()
 
 
-def assemble(ptx: str, target: str, folder: Path) -> tuple[Row, str]:
-    """({registers, spills, barriers}, machine code as text) of a kernel."""
+def disassemble(ptx: str, target: str, folder: Path) -> str:
+    """The machine code of a kernel as text."""
     ptxas, nvdisasm = _tool("ptxas"), _tool("nvdisasm")
     assert ptxas and nvdisasm
     source, binary = folder / "report.ptx", folder / "report.cubin"
     source.write_text(ptx)
-    command = [ptxas, f"-arch={target}", "-v", source, "-o", binary]
-    said = subprocess.run(command, capture_output=True, text=True, check=True)
-    text = said.stdout + said.stderr
-    sass = subprocess.run([nvdisasm, binary], capture_output=True, text=True, check=True).stdout
-    return ptxas_facts(text), sass
+    subprocess.run([ptxas, f"-arch={target}", source, "-o", binary], capture_output=True, check=True)
+    return subprocess.run([nvdisasm, binary], capture_output=True, text=True, check=True).stdout
 
 
 def ptxas_facts(text: str) -> Row:
-    """{registers, spills (bytes stored), barriers} from what `ptxas -v` says."""
+    """{registers, spills (bytes stored), barriers} from what ptxas says; it may say the same thing twice."""
+
+    def most(pattern: str) -> int:
+        return max(map(int, re.findall(pattern, text, re.IGNORECASE)), default=0)
+
     return {
-        "registers": max(map(int, re.findall(r"Used (\d+) registers", text))),
-        "spills": sum(map(int, re.findall(r"(\d+) bytes spill stores", text))),
-        "barriers": max(map(int, re.findall(r"used (\d+) barriers", text)), default=0),
+        "registers": most(r"used (\d+) registers"),
+        "spills": most(r"(\d+) bytes spill stores"),
+        "barriers": most(r"used (\d+) barriers"),
     }
 
 

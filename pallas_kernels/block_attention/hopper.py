@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import _permute, _registers
+from pallas_kernels import _check, _permute, _registers
 from pallas_kernels._check import FLOATS, WIDTHS
 from pallas_kernels._choose import ALL_WIDTHS, Request, widths_served
 from pallas_kernels._interpret import interpreted_device, interpreter_would_hang
@@ -70,9 +70,9 @@ def why_not(request: Request) -> str | None:
 
 def candidates(request: Request) -> tuple[Tiles, ...]:
     """The tiles that fit, the one that should be fastest first."""
-    keys = request.block[1]
-    # A block may be walked in halves only where P is not rounded relative to its block.
-    if request.pv == "bf16" and padded_dim(request.head_dim) > 128:
+    keys, dim = request.block[1], padded_dim(request.head_dim)
+    # A block may be walked in halves only where P is not rounded relative to its block. Without it these spill.
+    if request.pv == "bf16" and dim >= 128:
         keys = 64
     every = (Tiles(keys, stages) for stages in (4, 3, 2, 1))
     return tuple(tiles for tiles in every if shared_memory(request, tiles) <= _SMEM)
@@ -111,9 +111,13 @@ def run(
     """See block_attention; arguments are checked there. Returns (o [B, Nq, H, D], lse f32 [B, Nq, H])."""
     spec = Spec(block, scale, qk, pv, p_scale, out_dtype)
     if tiles is None:
-        shape = (*q.shape[:3], k.shape[2], q.shape[3])
-        request = Request("block_attention", *shape, str(jnp.dtype(out_dtype)), block, qk, pv, p_scale, "sm_90")
+        (batch, heads, q_tokens, head_dim), dtype = q.shape, str(jnp.dtype(out_dtype))
+        request = Request(
+            "block_attention", batch, heads, q_tokens, k.shape[2], head_dim, dtype, block, qk, pv, p_scale, "sm_90"
+        )
         (tiles, *_) = candidates(request)
+    arrays = _check.share_mesh_axes(q, k, v, count, index, slots, q_scale, k_scale, v_scale)
+    q, k, v, count, index, slots, q_scale, k_scale, v_scale = arrays
     if qk == pv == "bf16":
         return _attend(spec, tiles, q, k, v, count, index, slots)
     return _forward(spec, tiles, q, k, v, count, index, slots, q_scale, k_scale, v_scale)
@@ -173,11 +177,14 @@ def _forward(spec: Spec, tiles: Tiles, q, k, v, count, index, slots, q_scale=Non
     # Longest rows first: they start first, and two rows that share a program end together.
     rows = jnp.argsort(-count, axis=1, stable=True).astype(jnp.int32)
 
-    call = _Call(batch, heads, q_tokens, kv_tokens, dim, block, to_log2, qk, pv, p_scale, out_dtype, tiles, q.dtype,
-                 v.dtype, interpreted_device() is not None)  # fmt: skip
+    call = _Call(
+        batch, heads, q_tokens, kv_tokens, dim, block, to_log2, qk, pv, p_scale, out_dtype, tiles,
+        qk_dtype=q.dtype, pv_dtype=v.dtype, interpreted=interpreted_device() is not None,
+    )  # fmt: skip
     arrays = dict(rows=rows, count=count, index=index, slots=slots, facts=facts, q=q, k=k, v=v, q_row=q_row,
                   k_row=k_row, v_channel=v_channel, v_block=v_block)  # fmt: skip
     o, lse = call.run({name: array for name, array in arrays.items() if array is not None})
+    o, lse, _ = _check.share_mesh_axes(o, lse, q)  # Mosaic's results say nothing about a mesh
     return o[..., :head_dim], _permute.to_model(lse[:, :, :q_tokens, None], slots[:, :q_tokens])[..., 0]
 
 
@@ -225,7 +232,9 @@ class _Call:
     @property
     def chunk(self) -> int:
         """Channels of one product: a rounded P's product needs registers beside the accumulator."""
-        return self.dim if self.pv == "bf16" else min(self.dim, 128)
+        if self.pv == "bf16" or self.dim < 128:
+            return self.dim
+        return 128 if self.integer_scores and self.integer_p else 64
 
     @property
     def parts(self) -> int:
@@ -463,6 +472,8 @@ class _Call:
                 p = biased - MAGIC
             short = p.astype(self.pv_dtype)
             if not self.integer_p:
+                # Without the barrier the compiler rounds one score at a time, on the exponentials' unit.
+                short = lax.optimization_barrier(short)
                 row_sum = short.astype(jnp.float32).sum(axis=1)
             if "p" not in smem:
                 return short, row_sum
