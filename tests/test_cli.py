@@ -68,7 +68,7 @@ def test_without_arguments_it_helps(capsys):
     status, out, err = paro(capsys)
     assert status == 0 and not err
     for name in ("demo", "calibrate", "inspect", "bench", "compile-report", "doctor"):
-        assert f"\n    {name} " in out
+        assert f"\n    {name}" in out
 
 
 def test_version(capsys):

@@ -472,8 +472,9 @@ class _Call:
                 p = biased - MAGIC
             short = p.astype(self.pv_dtype)
             if not self.integer_p:
-                # Without the barrier the compiler rounds one score at a time, on the exponentials' unit.
-                short = lax.optimization_barrier(short)
+                if self.pv == "bf16":
+                    # Without the barrier the compiler rounds one score at a time, on the exponentials' unit.
+                    short = lax.optimization_barrier(short)
                 row_sum = short.astype(jnp.float32).sum(axis=1)
             if "p" not in smem:
                 return short, row_sum
