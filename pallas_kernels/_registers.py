@@ -17,6 +17,13 @@ MAGIC_BITS = 0x4B400000
 KEY_ORDER = tuple(key for t in range(4) for key in (2 * t, 2 * t + 1, 8 + 2 * t, 8 + 2 * t + 1))
 
 
+def mosaic() -> Any:
+    """Mosaic GPU, imported on first use (half a second). Untyped: its annotations do not describe what it does."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    return mosaic_gpu
+
+
 def key_major(v: jax.Array, block: int, *, permuted: bool) -> jax.Array:
     """v [B, H, N, D] -> [B, H, D, N up to whole blocks]; `permuted`: keys by KEY_ORDER inside each 16.
 
@@ -36,10 +43,10 @@ def pack(p: jax.Array) -> jax.Array:
     """
     from jax.experimental.mosaic.gpu import fragmented_array as fa
     from jax.experimental.mosaic.gpu import utils as mgpu
-    from jax.experimental.pallas import mosaic_gpu as plgpu
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import arith, vector
 
+    plgpu = mosaic()
     out = plgpu.ShapeDtypeStruct(p.shape, jnp.int8, layout=plgpu.Layout.WGMMA_8BIT)
 
     def packed(ctx: Any, p: Any) -> Any:

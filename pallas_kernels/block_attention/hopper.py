@@ -166,7 +166,7 @@ def _forward(spec: Spec, tiles: Tiles, q, k, v, count, index, slots, q_scale=Non
     if q_scale is not None:
         q_row = _padded(token_scales(q_scale, q_tokens, bq) * f32(to_log2), nq * bq)
         to_log2 = 1.0
-    if by_row:
+    if by_row and k_scale is not None:
         k_row = _padded(k_scale, nk * bk)
     if v_scale is not None:
         v_scale = jnp.pad(v_scale, [(0, 0)] * 3 + [(0, dim - head_dim)])
@@ -232,9 +232,7 @@ class _Call:
     @property
     def chunk(self) -> int:
         """Channels of one product: a rounded P's product needs registers beside the accumulator."""
-        if self.pv == "bf16" or self.dim < 128:
-            return self.dim
-        return 128 if self.integer_scores and self.integer_p else 64
+        return self.dim if self.pv == "bf16" else min(self.dim, 128)
 
     @property
     def parts(self) -> int:
@@ -244,8 +242,8 @@ class _Call:
     def run(self, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """(o [B, Nq, H, dim], lse f32 [B, H, nq * bq] in kernel order)."""
         from jax.experimental import pallas as pl
-        from jax.experimental.pallas import mosaic_gpu as plgpu
 
+        plgpu = _registers.mosaic()
         nq, dim, keys = arrays["index"].shape[1], self.dim, self.tiles.keys
         walks, stages, width = lists(self.block), self.tiles.stages, out_channels(self.dim)
         names = tuple(arrays)
@@ -332,8 +330,8 @@ class _Call:
     def producer(self, gmem: dict, smem: dict, bars: dict) -> None:
         """Fetches K and V of each list's kept blocks, a ring of stages ahead of the consumers."""
         from jax.experimental import pallas as pl
-        from jax.experimental.pallas import mosaic_gpu as plgpu
 
+        plgpu = _registers.mosaic()
         plgpu.set_max_registers(40, action="decrease")
         head, batch = lax.axis_index("head"), lax.axis_index("batch")
         nk = self.shape(gmem)[1]
@@ -390,8 +388,8 @@ class _Call:
     def consumer(self, gmem: dict, smem: dict, bars: dict) -> None:
         """64 query tokens of one query block: online softmax over its kept blocks, then the output, row by row."""
         from jax.experimental import pallas as pl
-        from jax.experimental.pallas import mosaic_gpu as plgpu
 
+        plgpu = _registers.mosaic()
         plgpu.set_max_registers(232, action="increase")
         head, batch, wg = lax.axis_index("head"), lax.axis_index("batch"), lax.axis_index("wg")
         bq, keys, stages, chunk = self.block[0], self.tiles.keys, self.tiles.stages, self.chunk
