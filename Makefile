@@ -1,6 +1,8 @@
 # make demo        the main job on this machine; writes out/demo/
 # make test        the tests
 # make test-oldest the tests with the oldest jax we support
+# make compile-report  compile the GPU kernels without a GPU and say what they became (installs several GB)
+# make compile-test    the tests that need that compiler
 # make lint        ruff and pyright
 # make notebooks   run notebooks/*.py and write the .ipynb beside each
 # make train       train the demo's model again (long on a CPU)
@@ -22,9 +24,10 @@ PY := $(VENV)/bin/python
 KEY := $(shell (pwd; cat pyproject.toml constraints.txt) | cksum | cut -d ' ' -f 1)
 CORE := $(VENV)/.core-$(KEY)
 DEV := $(VENV)/.dev-$(KEY)
+COMPILE := .venv-cuda/.compile-$(KEY)
 DEV_OLDEST := .venv-oldest/.dev-$(KEY)
 
-.PHONY: help demo test test-oldest lint notebooks train clean clean-all
+.PHONY: help demo test test-oldest compile-report compile-test lint notebooks train clean clean-all
 .DELETE_ON_ERROR:
 
 help:
@@ -38,6 +41,12 @@ test: $(DEV)
 
 test-oldest: $(DEV_OLDEST)
 	@.venv-oldest/bin/python -m pytest -n $(WORKERS) $(ARGS)
+
+compile-report: $(COMPILE)
+	@JAX_PLATFORMS=cpu .venv-cuda/bin/python -m paro_jax compile-report $(ARGS)
+
+compile-test: $(COMPILE)
+	@JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest -n $(WORKERS) tests/test_hopper.py -k compiles $(ARGS)
 
 lint: $(DEV)
 	@$(PY) -m ruff check .
@@ -60,7 +69,7 @@ clean:
 	@find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 clean-all: clean
-	@rm -rf .venv .venv-oldest
+	@rm -rf .venv .venv-cuda .venv-oldest
 
 # $(call python,VENV): the interpreter for VENV; one line and no more when there is none.
 python = $(if $(filter error:,$(firstword $(found))),$(error $(wordlist 2,999,$(found))),$(found))
@@ -73,6 +82,10 @@ $(CORE):
 $(DEV):
 	@bash tools/install $(VENV) "$(call python,$(VENV))" constraints.txt -e '.[dev]'
 	@rm -f $(VENV)/.core-* $(VENV)/.dev-* && touch $(CORE) $@
+
+$(COMPILE):
+	@bash tools/install .venv-cuda "$(call python,.venv-cuda)" constraints.txt -e '.[dev,compile]'
+	@rm -f .venv-cuda/.compile-* && touch $@
 
 $(DEV_OLDEST):
 	@mkdir -p out

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from pallas_kernels._check import WIDTHS
+from pallas_kernels._interpret import interpreted_device
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,12 @@ def choose(request: Request, backends: Sequence[Backend], implementation: str | 
 
 
 def device_name() -> str:
-    """The default device as `Request.device` names it: "cpu", "tpu", "sm_90", or the platform's own name."""
+    """The default device as `Request.device` names it: "cpu", "tpu", "sm_90", or the platform's own name.
+
+    Inside `pallas_kernels.interpret` the device that the interpreter stands for.
+    """
+    if (interpreted := interpreted_device()) is not None:
+        return interpreted
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", None)
     if device.platform == "gpu" and isinstance(capability, str) and capability[:1].isdigit():

@@ -67,8 +67,8 @@ def captures(path, *, sites=2, steps=(0.0, 0.5), tokens=GRID.tokens, rename=None
 def test_without_arguments_it_helps(capsys):
     status, out, err = paro(capsys)
     assert status == 0 and not err
-    for name in ("demo", "calibrate", "inspect", "bench", "doctor"):
-        assert f"\n    {name} " in out
+    for name in ("demo", "calibrate", "inspect", "bench", "compile-report", "doctor"):
+        assert f"\n    {name}" in out
 
 
 def test_version(capsys):

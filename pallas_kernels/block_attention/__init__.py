@@ -9,9 +9,11 @@ import numpy as np
 
 from pallas_kernels import _check, _choose
 from pallas_kernels._check import mistake, require_shape
-from pallas_kernels.block_attention import reference, xla
+from pallas_kernels.block_attention import hopper, reference, xla
 
 BACKENDS = (
+    # Until it has run on a GPU, it serves only whoever names it.
+    _choose.Backend("hopper", hopper.why_not, hopper.run, default=False),
     _choose.Backend("xla", xla.why_not, xla.run),
     _choose.Backend("reference", reference.why_not, reference.run, default=False),
 )

@@ -272,7 +272,7 @@ def _attend_fwd(spec, q, k, v, count, index, slots):
     return (o, lse), (q, k, v, count, index, slots, o, lse)
 
 
-def _attend_bwd(spec, saved, cotangents):
+def attend_bwd(spec, saved, cotangents):
     """FlashAttention's backward: P again from the saved log-sum-exp; dq by rows, dk and dv by columns."""
     q, k, v, count, index, slots, o, lse = saved
     f32 = jnp.float32
@@ -359,4 +359,4 @@ def _transposed(count: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Arra
     return keep.sum(axis=2, dtype=jnp.int32), jnp.argsort(~keep, axis=2, stable=True).astype(jnp.int32)
 
 
-_attend.defvjp(_attend_fwd, _attend_bwd)
+_attend.defvjp(_attend_fwd, attend_bwd)

@@ -1,0 +1,544 @@
+"""Block-sparse attention on Hopper (sm_90: H100, H200) in Mosaic GPU, for every width.
+
+Method: PAROAttention (arXiv 2506.16054) with FlashAttention-3's warp specialisation (arXiv 2407.08608) and
+SageAttention's numerics (arXiv 2410.02367). One warpgroup fetches kept K and V blocks by TMA, two multiply with wgmma;
+a skipped block costs nothing, not even a branch.
+
+Unusual: (1) A query block of 128 rows is shared by both consumers; with blocks of 64 rows each consumer has its own
+row, list and ring of stages, and rows are paired by their number of kept blocks. (2) Integer scores start at the bits
+of 1.5 * 2^23, so that the int32 sum read as float32 *is* a float: no conversion per score. (3) P goes from the scores'
+registers to the A operand's without a shuffle, because V's keys are stored in the order in which they then meet.
+(4) The output leaves row by row, each to its model token. int4 is values on a 4-bit grid through the int8 unit.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import _check, _permute, _registers
+from pallas_kernels._check import FLOATS, WIDTHS
+from pallas_kernels._choose import ALL_WIDTHS, Request, widths_served
+from pallas_kernels._interpret import interpreted_device, interpreter_would_hang
+from pallas_kernels._registers import MAGIC, MAGIC_BITS
+from pallas_kernels.block_attention.reference import token_scales
+from pallas_kernels.block_attention.xla import Spec, attend_bwd
+
+HEAD_DIMS = (64, 96, 128, 256)  # others are padded with zeros to the next
+BLOCKS = ((64, 64), (128, 64), (128, 128))
+ROWS = 64  # query tokens of one consumer warpgroup: the M of wgmma
+_SMEM = 232448 - 4096  # bytes a program may have, less what barriers and alignment take
+_LOWEST = -3.4028235e38  # a maximum before the first score: finite, so that a masked score of -inf gives exp2(-inf) = 0
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What one program holds."""
+
+    keys: int  # key tokens a step: the block's, or half of them where registers are short
+    stages: int  # steps whose K and V are in flight, per list of kept blocks
+
+    def __post_init__(self) -> None:
+        assert self.keys in (64, 128) and 1 <= self.stages <= 4, f"{self=}"
+
+
+def why_not(request: Request) -> str | None:
+    """Serves sm_90 (and the interpreter, which stands for one) at every width, where tiles fit in shared memory."""
+    if request.device != "sm_90":
+        return f"device {request.device} is not sm_90 (H100, H200); pallas_kernels.interpret() stands for one on a CPU"
+    if reason := widths_served(request, ALL_WIDTHS):
+        return reason
+    if request.dtype not in FLOATS:
+        return f"dtype {request.dtype} is not served; it serves {', '.join(FLOATS)}"
+    if request.dtype == "float32" and "bf16" in (request.qk, request.pv):
+        return "float32 products are not served (wgmma multiplies 16-bit floats at most); cast to bfloat16 or quantise"
+    if request.block not in BLOCKS:
+        return f"block {request.block} is not served; it serves {', '.join(map(str, BLOCKS))}"
+    if request.head_dim > HEAD_DIMS[-1]:
+        return f"head_dim {request.head_dim} > {HEAD_DIMS[-1]}"
+    if not candidates(request):
+        return f"no tile fits in {_SMEM} bytes of shared memory"
+    if interpreted_device() is not None:
+        tokens = max(request.q_tokens, request.kv_tokens)
+        return interpreter_would_hang(4 * request.batch * request.heads * tokens * padded_dim(request.head_dim))
+    return None
+
+
+def candidates(request: Request) -> tuple[Tiles, ...]:
+    """The tiles that fit, the one that should be fastest first."""
+    keys, dim = request.block[1], padded_dim(request.head_dim)
+    # A block may be walked in halves only where P is not rounded relative to its block. Without it these spill.
+    if request.pv == "bf16" and dim >= 128:
+        keys = 64
+    every = (Tiles(keys, stages) for stages in (4, 3, 2, 1))
+    return tuple(tiles for tiles in every if shared_memory(request, tiles) <= _SMEM)
+
+
+def padded_dim(head_dim: int) -> int:
+    """The served head dimension that holds `head_dim` channels."""
+    return next(dim for dim in HEAD_DIMS if dim >= head_dim)
+
+
+def lists(block: tuple[int, int]) -> int:
+    """Lists of kept blocks a program walks: one for 128 rows, one for each consumer with 64."""
+    return 2 * ROWS // block[0]
+
+
+def shared_memory(request: Request, tiles: Tiles) -> int:
+    """Bytes of shared memory a program takes, barriers apart."""
+    dim = padded_dim(request.head_dim)
+    qk, pv = (2 if width == "bf16" else 1 for width in (request.qk, request.pv))
+    out = 4 if request.dtype == "float32" else 2
+    stage = tiles.keys * dim * (qk + pv) + 16 + 4 * tiles.keys + 4 * dim  # K, V, facts, and scales by key and channel
+    rows = 2 * ROWS * (dim * qk + out_channels(dim) * out + 12) + 8 * dim  # q, output, slots, scales, log-sum-exp
+    p = 2 * ROWS * tiles.keys * pv if _staged(request.pv) else 0
+    return lists(request.block) * tiles.stages * stage + rows + p
+
+
+def out_channels(dim: int) -> int:
+    """Channels of the output staged at once."""
+    return dim if dim < 128 else 64
+
+
+@partial(jax.jit, static_argnames=("block", "scale", "qk", "pv", "p_scale", "out_dtype", "tiles"))
+def run(
+    q, k, v, count, index, slots, q_scale, k_scale, v_scale, *, block, scale, qk, pv, p_scale, out_dtype, tiles=None
+):  # fmt: skip
+    """See block_attention; arguments are checked there. Returns (o [B, Nq, H, D], lse f32 [B, Nq, H])."""
+    spec = Spec(block, scale, qk, pv, p_scale, out_dtype)
+    if tiles is None:
+        (batch, heads, q_tokens, head_dim), dtype = q.shape, str(jnp.dtype(out_dtype))
+        request = Request(
+            "block_attention", batch, heads, q_tokens, k.shape[2], head_dim, dtype, block, qk, pv, p_scale, "sm_90"
+        )
+        (tiles, *_) = candidates(request)
+    arrays = _check.share_mesh_axes(q, k, v, count, index, slots, q_scale, k_scale, v_scale)
+    q, k, v, count, index, slots, q_scale, k_scale, v_scale = arrays
+    if qk == pv == "bf16":
+        return _attend(spec, tiles, q, k, v, count, index, slots)
+    return _forward(spec, tiles, q, k, v, count, index, slots, q_scale, k_scale, v_scale)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(spec, tiles, q, k, v, count, index, slots):
+    return _forward(spec, tiles, q, k, v, count, index, slots)
+
+
+def _attend_fwd(spec, tiles, q, k, v, count, index, slots):
+    o, lse = _forward(spec, tiles, q, k, v, count, index, slots)
+    return (o, lse), (q, k, v, count, index, slots, o, lse)
+
+
+def _attend_bwd(spec, tiles, saved, cotangents):
+    """XLA's: it needs the output and the log-sum-exp, whoever made them."""
+    return attend_bwd(spec, saved, cotangents)
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _forward(spec: Spec, tiles: Tiles, q, k, v, count, index, slots, q_scale=None, k_scale=None, v_scale=None):
+    """Shapes everything as the kernel reads it, and calls it."""
+    block, scale, qk, pv, p_scale, out_dtype = spec
+    (batch, heads, q_tokens, head_dim), kv_tokens = q.shape, k.shape[2]
+    bq, bk = block
+    nq, nk = index.shape[1:]
+    dim, f32 = padded_dim(head_dim), jnp.float32
+    if scale <= 0:  # the kernel takes maxima before it scales
+        q, scale = (-q, -scale) if scale < 0 else (jnp.zeros_like(q), 1.0)
+    to_log2 = scale * math.log2(math.e)
+
+    q, k, v = (jnp.pad(x, [(0, 0)] * 3 + [(0, dim - head_dim)]) for x in (q, k, v))
+    if pv != "bf16":
+        v = _registers.key_major(v, bk, permuted=not _staged(pv))
+    # What a step must know of its keys: the block's scale, and how many keys are real. 16 bytes, the least TMA copies.
+    first_key = jnp.arange(nk * bk // tiles.keys, dtype=jnp.int32) * tiles.keys
+    real = jnp.clip(kv_tokens - first_key, 0, tiles.keys).astype(f32)
+    by_row = k_scale is not None and k_scale.shape[2] != nk
+    block_scale = jnp.ones((batch, heads, nk), f32) if k_scale is None or by_row else k_scale
+    facts = jnp.repeat(block_scale, bk // tiles.keys, axis=2)
+    facts = jnp.stack([facts, jnp.broadcast_to(real, facts.shape), facts, facts], axis=3)
+    q_row = k_row = v_channel = v_block = None
+    if q_scale is not None:
+        q_row = _padded(token_scales(q_scale, q_tokens, bq) * f32(to_log2), nq * bq)
+        to_log2 = 1.0
+    if by_row and k_scale is not None:
+        k_row = _padded(k_scale, nk * bk)
+    if v_scale is not None:
+        v_scale = jnp.pad(v_scale, [(0, 0)] * 3 + [(0, dim - head_dim)])
+        v_channel, v_block = (v_scale[:, :, 0], None) if v_scale.shape[2] == 1 else (None, v_scale)
+    if slots is None:
+        slots = jnp.broadcast_to(jnp.arange(q_tokens, dtype=jnp.int32), (heads, q_tokens))
+    slots = _padded(jnp.clip(slots, 0, q_tokens - 1), nq * bq)
+    # Longest rows first: they start first, and two rows that share a program end together.
+    rows = jnp.argsort(-count, axis=1, stable=True).astype(jnp.int32)
+
+    call = _Call(
+        batch, heads, q_tokens, kv_tokens, dim, block, to_log2, qk, pv, p_scale, out_dtype, tiles,
+        qk_dtype=q.dtype, pv_dtype=v.dtype, interpreted=interpreted_device() is not None,
+    )  # fmt: skip
+    arrays = dict(rows=rows, count=count, index=index, slots=slots, facts=facts, q=q, k=k, v=v, q_row=q_row,
+                  k_row=k_row, v_channel=v_channel, v_block=v_block)  # fmt: skip
+    o, lse = call.run({name: array for name, array in arrays.items() if array is not None})
+    o, lse, _ = _check.share_mesh_axes(o, lse, q)  # Mosaic's results say nothing about a mesh
+    return o[..., :head_dim], _permute.to_model(lse[:, :, :q_tokens, None], slots[:, :q_tokens])[..., 0]
+
+
+def _padded(x: jax.Array, length: int) -> jax.Array:
+    """The last axis filled with zeros up to `length`."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, length - x.shape[-1])])
+
+
+def _staged(pv: str) -> bool:
+    """Whether P goes to its product through shared memory; else it stays in registers, which the interpreter cannot."""
+    return pv == "fp8" or interpreted_device() is not None
+
+
+# ---- the kernel -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One launch: its static facts, and the kernel's two halves as methods."""
+
+    batch: int
+    heads: int
+    q_tokens: int
+    kv_tokens: int
+    dim: int
+    block: tuple[int, int]
+    to_log2: float  # what a score is multiplied by beyond its scales
+    qk: str
+    pv: str
+    p_scale: str
+    out_dtype: Any
+    tiles: Tiles
+    qk_dtype: Any
+    pv_dtype: Any
+    interpreted: bool
+
+    @property
+    def integer_scores(self) -> bool:
+        return self.qk in ("int8", "int4")
+
+    @property
+    def integer_p(self) -> bool:
+        return self.pv in ("int8", "int4")
+
+    @property
+    def chunk(self) -> int:
+        """Channels of one product: a rounded P's product needs registers beside the accumulator."""
+        return self.dim if self.pv == "bf16" else min(self.dim, 128)
+
+    @property
+    def parts(self) -> int:
+        """Steps per key block."""
+        return self.block[1] // self.tiles.keys
+
+    def run(self, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """(o [B, Nq, H, dim], lse f32 [B, H, nq * bq] in kernel order)."""
+        from jax.experimental import pallas as pl
+
+        plgpu = _registers.mosaic()
+        nq, dim, keys = arrays["index"].shape[1], self.dim, self.tiles.keys
+        walks, stages, width = lists(self.block), self.tiles.stages, out_channels(self.dim)
+        names = tuple(arrays)
+
+        def tiled(shape, dtype):
+            """Shared memory as wgmma reads it: tiles of 8 rows and as many bytes as the swizzle."""
+            swizzle = plgpu.find_swizzle(shape[-1] * jnp.dtype(dtype).itemsize * 8)
+            tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
+            return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+
+        def plain(*shape, dtype=jnp.float32):
+            return plgpu.SMEM(shape, dtype)
+
+        ring = walks * stages
+        v_shape = (ring, keys, dim) if self.pv == "bf16" else (ring, dim, keys)
+        scratch = dict(
+            q=tiled((2, ROWS, dim), self.qk_dtype),
+            k=tiled((ring, keys, dim), self.qk_dtype),
+            v=tiled(v_shape, self.pv_dtype),
+            facts=plain(ring, 4),
+            slots=plain(2, ROWS, dtype=jnp.int32),
+            # Tiles of one row are plain rows: what the copies of single rows below need to be told.
+            o=plgpu.SMEM((2, ROWS, width), self.out_dtype, transforms=(plgpu.TilingTransform((1, width)),)),
+            lse=plain(2, ROWS),
+        )
+        if _staged(self.pv):
+            scratch["p"] = tiled((2, ROWS, keys), self.pv_dtype)
+        if "q_row" in arrays:
+            scratch["q_row"] = plain(2, ROWS)
+        if "k_row" in arrays:
+            scratch["k_row"] = plain(ring, keys)
+        if "v_channel" in arrays:
+            scratch["v_channel"] = plain(2, dim)
+        if "v_block" in arrays:
+            scratch["v_block"] = plain(ring, dim)
+        readers = 2 // walks
+        barriers = dict(
+            q=plgpu.Barrier(
+                num_arrivals=sum(name in scratch for name in ("q", "slots", "q_row", "v_channel")), num_barriers=2
+            ),
+            k=plgpu.Barrier(num_arrivals=2 + ("k_row" in scratch), num_barriers=ring),
+            v=plgpu.Barrier(num_arrivals=1 + ("v_block" in scratch), num_barriers=ring),
+            k_free=plgpu.Barrier(num_arrivals=readers, num_barriers=ring),
+            v_free=plgpu.Barrier(num_arrivals=readers, num_barriers=ring),
+        )
+
+        def kernel(*refs):
+            gmem = dict(zip(names, refs[: len(names)], strict=True)) | {"o": refs[-2], "lse": refs[-1]}
+
+            def scoped(smem, bars):
+                wg = lax.axis_index("wg")
+                pl.when(wg < 2)(lambda: self.consumer(gmem, smem, bars))
+                pl.when(wg == 2)(lambda: self.producer(gmem, smem, bars))
+
+            pl.run_scoped(scoped, scratch, barriers, collective_axes="wg")
+
+        call = plgpu.kernel(
+            kernel,
+            out_type=(
+                jax.ShapeDtypeStruct((self.batch, self.q_tokens, self.heads, dim), self.out_dtype),
+                jax.ShapeDtypeStruct((self.batch, self.heads, nq * self.block[0]), jnp.float32),
+            ),
+            grid=(self.heads, -(-nq // walks), self.batch),
+            grid_names=("head", "program", "batch"),
+            num_threads=3,
+            thread_name="wg",
+            compiler_params=plgpu.CompilerParams(approx_math=True),
+        )
+        return call(*arrays.values())
+
+    def walk(self, gmem: dict, which: Any) -> tuple[Any, Any]:
+        """(query block, steps) of list `which` of this program; 0 steps where there is no such query block."""
+        head, program = lax.axis_index("head"), lax.axis_index("program")
+        nq, nk = self.shape(gmem)
+        place = program * lists(self.block) + which
+        row = gmem["rows"][head, jnp.minimum(place, nq - 1)]
+        count = jnp.clip(gmem["count"][head, row], 0, nk)
+        return row, jnp.where(place < nq, count, 0) * self.parts
+
+    def shape(self, gmem: dict) -> tuple[int, int]:
+        """(query blocks, key blocks)"""
+        return gmem["index"].shape[1:]
+
+    def producer(self, gmem: dict, smem: dict, bars: dict) -> None:
+        """Fetches K and V of each list's kept blocks, a ring of stages ahead of the consumers."""
+        from jax.experimental import pallas as pl
+
+        plgpu = _registers.mosaic()
+        plgpu.set_max_registers(40, action="decrease")
+        head, batch = lax.axis_index("head"), lax.axis_index("batch")
+        nk = self.shape(gmem)[1]
+        walks, stages, keys, parts = lists(self.block), self.tiles.stages, self.tiles.keys, self.parts
+        rows, steps = zip(*(self.walk(gmem, which) for which in range(walks)), strict=True)
+
+        def listed(which, step):
+            """The key block of a step, wherever the index points: clamped, so nothing outside K and V is ever read."""
+            entry = jnp.minimum(step // parts, nk - 1) if parts > 1 else jnp.minimum(step, nk - 1)
+            return jnp.clip(gmem["index"][head, rows[which], entry], 0, nk - 1)
+
+        def copy(source, name, slot, barrier):
+            plgpu.copy_gmem_to_smem(source, smem[name].at[slot], bars[barrier].at[slot])
+
+        def small(source, name, slot, barrier):
+            inside = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+            plgpu.copy_gmem_to_smem(source, smem[name].at[slot], bars[barrier].at[slot], oob_mode=inside)
+
+        def load(which, step, block):
+            slot = which * stages + lax.rem(step, jnp.array(stages, step.dtype))
+            part = block * parts + lax.rem(step, jnp.array(parts, step.dtype)) if parts > 1 else block
+            tokens = pl.ds(part * keys, keys)
+            pl.when(step >= stages)(lambda: plgpu.barrier_wait(bars["k_free"].at[slot]))
+            copy(gmem["k"].at[batch, head, tokens], "k", slot, "k")
+            small(gmem["facts"].at[batch, head, part], "facts", slot, "k")
+            if "k_row" in smem:
+                small(gmem["k_row"].at[batch, head, tokens], "k_row", slot, "k")
+            pl.when(step >= stages)(lambda: plgpu.barrier_wait(bars["v_free"].at[slot]))
+            if self.pv == "bf16":
+                copy(gmem["v"].at[batch, head, tokens], "v", slot, "v")
+            else:
+                copy(gmem["v"].at[batch, head, :, tokens], "v", slot, "v")
+            if "v_block" in smem:
+                small(gmem["v_block"].at[batch, head, block], "v_block", slot, "v")
+
+        def advance(step, ahead):
+            # The next entry is read before this step waits, so its latency is hidden.
+            following = tuple(listed(which, step + 1) for which in range(walks))
+            for which in range(walks):
+                pl.when(step < steps[which])(partial(load, which, step, ahead[which]))
+            return following
+
+        longest = steps[0] if walks == 1 else jnp.maximum(*steps)
+        lax.fori_loop(0, longest, advance, tuple(listed(which, jnp.int32(0)) for which in range(walks)))
+
+        def drain(which, step, _):
+            slot = which * stages + lax.rem(step, jnp.array(stages, step.dtype))
+            plgpu.barrier_wait(bars["k_free"].at[slot])
+            plgpu.barrier_wait(bars["v_free"].at[slot])
+
+        for which in range(walks):  # no barrier may be left with an arrival that nobody waited for
+            lax.fori_loop(jnp.maximum(steps[which] - stages, 0), steps[which], partial(drain, which), None)
+
+    def consumer(self, gmem: dict, smem: dict, bars: dict) -> None:
+        """64 query tokens of one query block: online softmax over its kept blocks, then the output, row by row."""
+        from jax.experimental import pallas as pl
+
+        plgpu = _registers.mosaic()
+        plgpu.set_max_registers(232, action="increase")
+        head, batch, wg = lax.axis_index("head"), lax.axis_index("batch"), lax.axis_index("wg")
+        bq, keys, stages, chunk = self.block[0], self.tiles.keys, self.tiles.stages, self.chunk
+        own_list = lists(self.block) == 2
+        which = wg if own_list else jnp.int32(0)
+        row, steps = self.walk(gmem, which)
+        first = row * bq + (0 if own_list else wg * ROWS)
+        levels = WIDTHS[self.pv].p_levels
+        row_layout, column_layout = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+        def fetch(source, name, mode=None):
+            plgpu.copy_gmem_to_smem(source, smem[name].at[wg], bars["q"].at[wg], oob_mode=mode)
+
+        inside = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+        fetch(gmem["q"].at[batch, head, pl.ds(first, ROWS)], "q")
+        fetch(gmem["slots"].at[head, pl.ds(first, ROWS)], "slots", inside)
+        if "q_row" in smem:
+            fetch(gmem["q_row"].at[batch, head, pl.ds(first, ROWS)], "q_row", inside)
+        if "v_channel" in smem:
+            fetch(gmem["v_channel"].at[batch, head], "v_channel", inside)
+        plgpu.barrier_wait(bars["q"].at[wg])
+
+        q_row = plgpu.load(smem["q_row"].at[wg], layout=row_layout, optimized=False) if "q_row" in smem else None
+
+        def vector(x):
+            return plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), row_layout)
+
+        def matrix(columns, x, dtype=jnp.float32):
+            return plgpu.layout_cast(jnp.full((ROWS, columns), x, dtype), plgpu.Layout.WGMMA)
+
+        def by_row(x, columns):
+            return lax.broadcast_in_dim(x, (ROWS, columns), [0])
+
+        def by_column(ref, columns):
+            x = plgpu.load(ref, layout=column_layout, optimized=False)
+            return lax.broadcast_in_dim(x, (ROWS, columns), [1])
+
+        def product(a, b, start=None):
+            """start + a @ b in start's dtype; no start: zeros in f32."""
+            if start is not None and not self.interpreted:
+                return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(start))
+
+            def issue(acc):  # the interpreter has no ACC.init
+                plgpu.wgmma(acc, a, b)
+                return acc[...]
+
+            dtype = jnp.float32 if start is None else start.dtype
+            fresh = pl.run_scoped(issue, plgpu.ACC((ROWS, b.shape[1]), dtype))
+            return fresh if start is None else start + fresh
+
+        def scores(slot):
+            """(s f32 [64, keys], factor f32 [64]): their product is the scores in log2 units."""
+            start = matrix(keys, MAGIC_BITS, jnp.int32) if self.integer_scores else None
+            s = product(smem["q"].at[wg], smem["k"].at[slot].transpose((1, 0)), start)
+            if self.integer_scores:
+                s = lax.bitcast_convert_type(s, jnp.float32) - MAGIC
+            if "k_row" in smem:
+                s = s * by_column(smem["k_row"].at[slot], keys)
+            scale, real = smem["facts"][slot, 0], smem["facts"][slot, 1]
+            plgpu.barrier_arrive(bars["k_free"].at[slot])
+            if self.kv_tokens % keys:
+
+                def masked(s):
+                    key = plgpu.broadcasted_iota(jnp.int32, (ROWS, keys), 1, layout=plgpu.Layout.WGMMA)
+                    return jnp.where(key.astype(jnp.float32) < real, s, -jnp.inf)
+
+                s = lax.cond(real < keys, masked, lambda s: s, s)
+            scale = scale * self.to_log2
+            return s, vector(scale) if q_row is None else q_row * scale
+
+        def rounded(p):
+            """P in levels -> (as the product's left operand, its row sums)."""
+            if self.integer_p:
+                biased = p + MAGIC  # rounds to nearest, half to even
+                row_sum = (biased - MAGIC).sum(axis=1)
+                if not self.interpreted:
+                    return _registers.pack(biased), row_sum
+                p = biased - MAGIC
+            short = p.astype(self.pv_dtype)
+            if not self.integer_p:
+                if self.pv == "bf16":
+                    # Without the barrier the compiler rounds one score at a time, on the exponentials' unit.
+                    short = lax.optimization_barrier(short)
+                row_sum = short.astype(jnp.float32).sum(axis=1)
+            if "p" not in smem:
+                return short, row_sum
+            smem["p"][wg] = short
+            plgpu.commit_smem()
+            return smem["p"].at[wg], row_sum
+
+        def step(i, carry):
+            accs, top, total = carry
+            slot = (which * stages if own_list else 0) + lax.rem(i, jnp.array(stages, i.dtype))
+            plgpu.barrier_wait(bars["k"].at[slot])
+            s, factor = scores(slot)
+            block_top = s.max(axis=1) * factor
+            new_top = jnp.maximum(top, block_top)
+            relative = block_top if self.pv != "bf16" and self.p_scale == "block" else new_top
+            # The levels of P ride on the exponent: levels * 2^x = 2^(x + log2 levels).
+            p = jnp.exp2(s * by_row(factor, keys) - by_row(relative - math.log2(levels), keys))
+            p, row_sum = rounded(p)
+            fade, weight = jnp.exp2(top - new_top), jnp.exp2(relative - new_top)
+            total = total * fade + row_sum * weight
+            plgpu.barrier_wait(bars["v"].at[slot])
+            v = smem["v"].at[slot]
+            if self.pv == "bf16":
+                accs = (product(p, v, accs[0] * by_row(fade, chunk)),)
+            else:
+                accs = tuple(
+                    acc * by_row(fade, chunk) + weighted(p, v, slot, n * chunk) * by_row(weight, chunk)
+                    for n, acc in enumerate(accs)
+                )
+            plgpu.barrier_arrive(bars["v_free"].at[slot])
+            return accs, new_top, total
+
+        def weighted(p, v, slot, channel):
+            """P @ V of `chunk` channels, with V's scale where it differs by block."""
+            channels = pl.ds(channel, chunk)
+            start = matrix(chunk, MAGIC_BITS, jnp.int32) if self.integer_p else None
+            o = product(p, v.at[channels].transpose((1, 0)), start)
+            if self.integer_p:
+                o = lax.bitcast_convert_type(o, jnp.float32) - MAGIC
+            return o * by_column(smem["v_block"].at[slot, channels], chunk) if "v_block" in smem else o
+
+        zeros = tuple(matrix(chunk, 0.0) for _ in range(self.dim // chunk))
+        accs, top, total = lax.fori_loop(0, steps, step, (zeros, vector(_LOWEST), vector(0.0)))
+
+        some = total != 0  # NaN stays NaN
+        total = jnp.where(some, total, 1.0)
+        lse = jnp.where(some, math.log(2) * (top + jnp.log2(total / levels)), -jnp.inf)
+        plgpu.store(smem["lse"].at[wg], lse, optimized=False)
+        width = out_channels(self.dim)
+        # A list beyond the last query block repeats that block with no steps: it must not write.
+        live = lax.axis_index("program") * 2 + wg < self.shape(gmem)[0] if own_list else True
+        writes = jnp.where(live, jnp.clip(self.q_tokens - first, 0, ROWS), 0)
+        for channel in range(0, self.dim, width):
+            acc = accs[channel // chunk][:, channel % chunk : channel % chunk + width]
+            o = acc / by_row(total, width)
+            if "v_channel" in smem:
+                o = o * by_column(smem["v_channel"].at[wg, pl.ds(channel, width)], width)
+            plgpu.wait_smem_to_gmem(0)  # the chunk before has left
+            plgpu.store(smem["o"].at[wg], o.astype(self.out_dtype), optimized=False)
+            plgpu.commit_smem()
+
+            def store(r, _, channel=channel):
+                target = gmem["o"].at[batch, pl.ds(smem["slots"][wg, r], 1), head, pl.ds(channel, width)]
+                plgpu.copy_smem_to_gmem(smem["o"].at[wg, pl.ds(r, 1)], target)
+
+            lax.fori_loop(0, writes, store, None)
+        target = gmem["lse"].at[batch, head, pl.ds(first, ROWS)]
+        pl.when(writes > 0)(lambda: plgpu.copy_smem_to_gmem(smem["lse"].at[wg], target))
+        plgpu.wait_smem_to_gmem(0)

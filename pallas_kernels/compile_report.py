@@ -1,0 +1,309 @@
+"""What the GPU's compiler makes of the kernels, on a machine without a GPU.
+
+Each kernel is compiled ahead of time for its target and its machine code read: registers, spills, and the main loop's
+instructions. Clocks per unit follow from published rates; the largest of them over the tensor unit's is a bound, not a
+timing. `make compile-report` installs what this needs; `paro compile-report` prints it.
+"""
+
+import collections
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels._check import WIDTHS
+from pallas_kernels._choose import NoBackend, Request
+from pallas_kernels.block_attention import hopper
+
+Row = dict[str, Any]
+Progress = Callable[[str], None]
+
+WORKLOADS = ("cogvideox_5b", "wan_14b_720p", "flux_1024")
+PAIRS = (("bf16", "bf16"), ("fp8", "fp8"), ("int8", "int8"))
+SHAPES = ((64, 64), (128, 128))
+
+# An H100 or H200 as XLA describes one, which is all its compiler asks of a GPU.
+_SM_90A = """
+gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 150000000000
+  shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 }
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 1 patch: 0 } device_description_str: "NVIDIA H200"
+"""
+
+
+class Target(NamedTuple):
+    """A GPU to compile for: its name in requests, and its description."""
+
+    device: str
+    description: str
+
+
+TARGETS = {"sm_90a": Target("sm_90", _SM_90A)}
+
+# Of each unit: opcodes, and warp instructions a clock of one SM. Whatever is not listed only takes an issue slot.
+_UNITS = {
+    "ex2": (("MUFU",), 0.5),
+    "fp32": (("FADD", "FMUL", "FFMA"), 4.0),
+    "integer": (
+        ("FMNMX", "FSEL", "FSETP", "IABS", "IADD3", "IDP", "IMAD", "IMNMX", "ISETP", "LEA", "LOP3", "PLOP3", "PRMT",
+         "SEL", "SHF", "VIADD", "VIADDMNMX", "VIMNMX"),
+        2.0,
+    ),
+    "pack": (("I2FP", "F2FP"), 2.0),
+    "conversion": (("F2F", "F2I", "I2F", "FRND"), 0.5),
+    "shuffle": (("SHFL",), 1.0),
+    "shared": (("LDS", "STS", "LDSM", "STSM", "ATOMS"), 1.0),
+}  # fmt: skip
+_ISSUE = 4.0
+_MACS = {"HGMMA": 2048, "IGMMA": 4096, "QGMMA": 4096}  # multiply-adds a clock of one SM, by kind of tensor instruction
+
+
+class MissingCompiler(ValueError):
+    """The packages that compile for a GPU are not installed. The message says how to install them."""
+
+
+class Loop(NamedTuple):
+    """The main loop of a kernel: opcodes with their modifiers, in order."""
+
+    instructions: list[str]
+
+    def count(self, opcodes: tuple[str, ...]) -> int:
+        return sum(op.split(".")[0] in opcodes for op in self.instructions)
+
+    @property
+    def tensor(self) -> list[str]:
+        return [op for op in self.instructions if op.split(".")[0] in _MACS]
+
+
+def report(target: str = "sm_90a", progress: Progress = lambda message: None) -> list[Row]:
+    """One row per named workload, pair of widths and block: `name, target, registers, spills, shared_memory, barriers,
+    instructions, clocks, bound_ratio`.
+
+    `instructions` and `clocks` are per 128 x 128 scores: warp instructions by unit, and clocks of one SM that each unit
+    needs. `bound_ratio`: the largest of `clocks` over the tensor unit's. `shared_memory` in bytes, without barriers.
+    Raises ValueError for a target without kernels, MissingCompiler where the CUDA compiler packages are missing.
+    """
+    return [measure(name, request, target, progress) for name, request in kernels(target)]
+
+
+def kernels(target: str) -> Iterator[tuple[str, Request]]:
+    """(name, request) of every row of the report."""
+    from pallas_kernels.workloads import WORKLOADS as NAMED
+
+    device = _target(target).device
+    for name in WORKLOADS:
+        for block in SHAPES:
+            for qk, pv in PAIRS:
+                request = replace(NAMED[name], block=block, qk=qk, pv=pv, device=device)
+                yield f"{name} {qk}/{pv} {block[0]}x{block[1]}", request
+
+
+def _target(target: str) -> Target:
+    if target in TARGETS:
+        return TARGETS[target]
+    request = Request("block_attention", 1, 1, 128, 128, 64, "bfloat16", (64, 64), device=target.rstrip("a"))
+    raise ValueError(
+        f"target: expected one of {', '.join(TARGETS)}, got {target!r}. No Mosaic kernel is written for it; hopper: "
+        f"{hopper.why_not(request)}."
+    )
+
+
+def measure(name: str, request: Request, target: str, progress: Progress = lambda message: None) -> Row:
+    """The row of one request."""
+    require_compiler()
+    _target(target)
+    if reason := hopper.why_not(request):
+        raise NoBackend(f"no kernel can be compiled for {request}: hopper: {reason}.")
+    progress(f"compiling {name} for {target}")
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, facts = compile_ahead(request, target, Path(folder))
+        sass = disassemble(ptx, target, Path(folder))
+    loop = main_loop(sass)
+    tiles = hopper.candidates(request)[0]
+    instructions, clocks = per_block(loop, hopper.ROWS * tiles.keys)
+    return {
+        "name": name,
+        "target": target,
+        **facts,
+        "shared_memory": hopper.shared_memory(request, tiles),
+        "tensor_instructions": sorted(set(loop.tensor)),
+        "instructions": instructions,
+        "clocks": clocks,
+        "bound_ratio": max(clocks.values()) / clocks["tensor"],
+    }
+
+
+def per_block(loop: Loop, scores: int) -> tuple[dict[str, float], dict[str, float]]:
+    """(warp instructions, clocks) by unit for 128 x 128 scores, when one pass of the loop does `scores` in 4 warps."""
+    warps = 4 * 128 * 128 / scores
+    instructions = {unit: warps * loop.count(opcodes) for unit, (opcodes, _) in _UNITS.items()}
+    clocks = {unit: instructions[unit] / rate for unit, (_, rate) in _UNITS.items()}
+    macs = sum(_macs(op) / _MACS[op.split(".")[0]] for op in loop.tensor)
+    instructions |= {"tensor": warps * len(loop.tensor), "all": warps * len(loop.instructions)}
+    clocks |= {"tensor": warps / 4 * macs, "issue": instructions["all"] / _ISSUE}
+    return instructions, clocks
+
+
+def _macs(op: str) -> int:
+    """Multiply-adds of a warpgroup's tensor instruction, by the shape in its name: IGMMA.64x128x32.S8.S8."""
+    shape = re.search(r"\.(\d+)x(\d+)x(\d+)", op)
+    assert shape is not None, op
+    m, n, k = map(int, shape.groups())
+    return m * n * k
+
+
+# ---- the compiler ---------------------------------------------------------------------------------------------------
+
+
+def missing() -> str | None:
+    """What keeps this machine from compiling for a GPU, or None."""
+    absent = [] if importlib.util.find_spec("jax_cuda13_plugin") else ["jax[cuda13]"]
+    absent += [] if _tool("ptxas") else ["nvidia-cuda-nvcc"]
+    absent += [] if _tool("nvdisasm") else ["nvidia-cuda-nvdisasm"]
+    return f"the CUDA compiler packages are missing: {', '.join(absent)}" if absent else None
+
+
+def require_compiler() -> None:
+    """Raise MissingCompiler unless everything that `measure` runs is installed."""
+    if reason := missing():
+        raise MissingCompiler(
+            f"{reason}. `make compile-report` makes an environment that has them (several GB) and runs this there; no "
+            "GPU is needed."
+        )
+
+
+def _tool(name: str) -> Path | None:
+    """A program of NVIDIA's packages, which lie beside each other in `nvidia/`."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        for found in sorted(Path(folder).glob(f"*/bin/{name}")):
+            return found
+    return None
+
+
+def compile_ahead(request: Request, target: str, folder: Path) -> tuple[str, Row]:
+    """(PTX, {registers, spills, barriers}) of a request's kernel, by way of Mosaic in a process of its own.
+
+    Its settings are read once a process.
+    """
+    settings = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "MOSAIC_GPU_DUMP_PTX": "1",
+        "MOSAIC_GPU_DUMP_PTXAS": "1",
+        "MOSAIC_GPU_DUMP_TO": str(folder),
+    }
+    work = json.dumps({"request": asdict(request), "target": target})
+    package = str(Path(__file__).parents[1])
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-m", "pallas_kernels.compile_report", work],
+        capture_output=True, text=True, check=False, env=os.environ | settings | {"PYTHONPATH": path},
+    )  # fmt: skip
+    found = sorted(folder.glob("*.ptx"))
+    if done.returncode or not found:
+        raise RuntimeError(f"{request} did not compile for {target}: {done.stderr.strip()[-2000:]}")
+    return found[-1].read_text(), ptxas_facts(found[-1].with_suffix(".ptxas").read_text())
+
+
+def lower(request: Request, target: str) -> Any:
+    """Compile a request for a target; nothing of it needs a GPU. Returns the compiled call."""
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="", topology="1x1x1", target_config=_target(target).description
+    )
+    mesh = topologies.make_mesh(topology, (1,), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def like(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    lead = request.batch, request.heads
+    nq, nk = -(-request.q_tokens // request.block[0]), -(-request.kv_tokens // request.block[1])
+    qk, pv = (WIDTHS[width].store or jnp.dtype(request.dtype) for width in (request.qk, request.pv))
+    arrays = [
+        like(*lead, request.q_tokens, request.head_dim, dtype=qk),
+        like(*lead, request.kv_tokens, request.head_dim, dtype=qk),
+        like(*lead, request.kv_tokens, request.head_dim, dtype=pv),
+        like(request.heads, nq, dtype=jnp.int32),
+        like(request.heads, nq, nk, dtype=jnp.int32),
+        like(request.heads, request.q_tokens, dtype=jnp.int32),
+        None if request.qk == "bf16" else like(*lead, request.q_tokens),
+        None if request.qk == "bf16" else like(*lead, nk),
+        None if request.pv == "bf16" else like(*lead, 1, request.head_dim),
+    ]
+    run = partial(
+        hopper.run, block=request.block, scale=request.head_dim**-0.5, qk=request.qk, pv=request.pv,
+        p_scale=request.p_scale, out_dtype=jnp.dtype(request.dtype),
+    )  # fmt: skip
+    return jax.jit(run).lower(*arrays).compile()
+
+
+def disassemble(ptx: str, target: str, folder: Path) -> str:
+    """The machine code of a kernel as text."""
+    ptxas, nvdisasm = _tool("ptxas"), _tool("nvdisasm")
+    assert ptxas and nvdisasm
+    source, binary = folder / "report.ptx", folder / "report.cubin"
+    source.write_text(ptx)
+    subprocess.run([ptxas, f"-arch={target}", source, "-o", binary], capture_output=True, check=True)
+    return subprocess.run([nvdisasm, binary], capture_output=True, text=True, check=True).stdout
+
+
+def ptxas_facts(text: str) -> Row:
+    """{registers, spills (bytes stored), barriers} from what ptxas says; it may say the same thing twice."""
+
+    def most(pattern: str) -> int:
+        return max(map(int, re.findall(pattern, text, re.IGNORECASE)), default=0)
+
+    return {
+        "registers": most(r"used (\d+) registers"),
+        "spills": most(r"(\d+) bytes spill stores"),
+        "barriers": most(r"used (\d+) barriers"),
+    }
+
+
+def main_loop(sass: str) -> Loop:
+    """The smallest loop that holds the most tensor instructions, in nvdisasm's text."""
+    code: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        if label := re.match(r"^\.(L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.x]+)(.*?);", line):
+            code.append((found[1], found[2]))
+    loops = []
+    for end, (op, operands) in enumerate(code):
+        label = re.search(r"L_x_\d+", operands) if op.startswith("BRA") else None
+        start = labels.get(label[0]) if label else None
+        if start is not None and start <= end:
+            loops.append(Loop([name for name, _ in code[start : end + 1]]))
+    best = max(loops, key=lambda loop: (len(loop.tensor), -len(loop.instructions)), default=None)
+    if best is None or not best.tensor:
+        raise RuntimeError("the machine code has no loop with tensor instructions; a Hopper kernel's has one")
+    return best
+
+
+def opcodes(loop: Loop) -> dict[str, int]:
+    """How often each opcode comes, most frequent first: what to look at when a bound is too high."""
+    return dict(collections.Counter(op.split(".")[0] for op in loop.instructions).most_common())
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    given["request"]["block"] = tuple(given["request"]["block"])
+    lower(Request(**given["request"]), given["target"])

@@ -1,0 +1,82 @@
+"""compile_report: what it reads out of machine code, what its clocks are, and what it says when it cannot compile."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from pallas_kernels import compile_report
+from pallas_kernels.workloads import WORKLOADS
+from paro_jax.__main__ import main
+
+# Two loops, as nvdisasm prints them: a wait without tensor instructions, and the main one.
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/              @!P0 SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R4], R5 ;
+        /*0020*/              @!P1 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0030*/                   IGMMA.64x128x32.S8.S8 R24, gdesc[UR4], R24 ;
+        /*0040*/                   IGMMA.64x128x32.S8.S8 R24, gdesc[UR8], R24, gsb0 ;
+        /*0050*/                   FMNMX R3, R24, R25, !PT ;
+        /*0060*/                   FFMA R5, R24, R6, R7 ;
+        /*0070*/                   MUFU.EX2 R5, R5 ;
+        /*0080*/                   I2FP.F32.S32 R9, R24 ;
+        /*0090*/               @P0 BRA `(.L_x_1) ;
+        /*00a0*/                   EXIT ;
+"""
+
+
+def test_the_main_loop_is_the_one_with_tensor_instructions():
+    loop = compile_report.main_loop(SASS)
+    assert len(loop.instructions) == 7 and loop.tensor == ["IGMMA.64x128x32.S8.S8"] * 2
+    assert compile_report.opcodes(loop)["MUFU"] == 1
+    with pytest.raises(RuntimeError, match="no loop with tensor instructions"):
+        compile_report.main_loop(SASS.replace("IGMMA", "IADD3"))
+
+
+def test_clocks_are_instructions_over_rates():
+    # One pass does 64 x 128 scores, so 128 x 128 take two, each in 4 warps.
+    instructions, clocks = compile_report.per_block(compile_report.main_loop(SASS), 64 * 128)
+    assert instructions["ex2"] == instructions["fp32"] == instructions["integer"] == instructions["pack"] == 8
+    assert instructions["tensor"] == 16 and instructions["all"] == 56 and instructions["conversion"] == 0
+    assert clocks["ex2"] == 16 and clocks["fp32"] == 2 and clocks["integer"] == 4 and clocks["issue"] == 14
+    # facts: 1024 clocks for both int8 products of 128 x 128 scores at 128 channels, of which this is a quarter.
+    assert clocks["tensor"] == 1024 / 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "clocks"), [("IGMMA.64x128x32", 256), ("QGMMA.64x128x32", 256), ("HGMMA.64x128x32", 512)]
+)
+def test_each_kind_of_tensor_instruction_has_its_rate(kind, clocks):
+    loop = compile_report.main_loop(SASS.replace("IGMMA.64x128x32.S8.S8", kind))
+    assert compile_report.per_block(loop, 64 * 128)[1]["tensor"] == clocks
+
+
+def test_what_ptxas_says():
+    text = """ptxas info    : Compiling entry function 'k' for 'sm_90a'
+    0 bytes stack frame, 24 bytes spill stores, 16 bytes spill loads
+ptxas info    : Used 168 registers, used 9 barriers, 1024 bytes smem"""
+    assert compile_report.ptxas_facts(text) == {"registers": 168, "spills": 24, "barriers": 9}
+
+
+def test_every_named_workload_is_there_at_every_width():
+    rows = dict(compile_report.kernels("sm_90a"))
+    assert len(rows) == len(compile_report.WORKLOADS) * len(compile_report.PAIRS) * len(compile_report.SHAPES)
+    assert rows["wan_14b_720p int8/int8 128x128"] == replace(
+        WORKLOADS["wan_14b_720p"], block=(128, 128), qk="int8", pv="int8", device="sm_90"
+    )
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "gpu"])
+def test_a_target_without_kernels_is_a_mistake_that_says_why(target, capsys):
+    assert main(["compile-report", "--target", target]) == 2
+    said = capsys.readouterr().err
+    assert re.search(rf"target: expected one of sm_90a, got '{target}'.*hopper: device {target} is not sm_90", said)
+
+
+@pytest.mark.skipif(compile_report.missing() is None, reason="the compiler is here")
+def test_without_the_compiler_it_says_how_to_get_it(capsys):
+    assert main(["compile-report"]) == 2
+    said = capsys.readouterr().err
+    assert "the CUDA compiler packages are missing: jax[cuda13]" in said and "make compile-report" in said
