@@ -92,7 +92,7 @@ def test_interpreting_ends_with_its_block():
         assert device_name() == "sm_80"
     with pytest.raises(ZeroDivisionError), interpret():
         small = replace(REQUEST, heads=1, q_tokens=9, kv_tokens=9, device=device_name())
-        assert choose(small, BACKENDS).name == "hopper"
+        assert choose(small, BACKENDS, "hopper").name == "hopper"
         raise ZeroDivisionError
     assert device_name() == "cpu"
     with pytest.raises(ValueError, match="device: expected a compute capability such as 'sm_90', got 'hopper'"):
