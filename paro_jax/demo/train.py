@@ -6,7 +6,7 @@ checkpoints; a killed run resumes, and `--start FILE` goes on from exported weig
 
 The weights that ship took 220 minutes on two busy cores, some 7500 steps: the first 3300 in a world with more chance in
 it, the last 1800 with single frames in between, the last 900 with `model.where`. Loss 0.05 (1.3 at the start). Colours,
-textures, places, grounds and cameras follow the caption; outlines and motions are rough.
+places, grounds and cameras follow the caption, textures mostly; outlines and motions not yet.
 """
 
 from __future__ import annotations
