@@ -67,8 +67,16 @@ class Tiny(NamedTuple):
     latents: tuple[int, ...]  # without the batch
 
     def net(self, config: Any = None) -> Any:
-        """Every weight random, norms and gates too."""
-        return randomise(self.build(self.config if config is None else config))
+        """Every weight random, norms and gates too; the model's own draws, which take long to compile, are not made."""
+        config = self.config if config is None else config
+        graph, params, rest = nnx.split(nnx.eval_shape(lambda: self.build(config)), nnx.Param, ...)
+        r = np.random.default_rng(0)
+
+        def drawn(path: tuple, shape: tuple[int, ...]) -> nnx.Param:
+            return nnx.Param(jnp.asarray(r.normal(0.02, 0.1, shape) + (path[-1] == "scale"), jnp.float32))
+
+        flat = [(path, drawn(path, x.get_value().shape)) for path, x in nnx.to_flat_state(params)]
+        return nnx.merge(graph, nnx.from_flat_state(flat), rest)
 
     def inputs(self, batch: int = 2) -> tuple[jax.Array, ...]:
         """Latents, timestep, text and, for FLUX, pooled text and guidance; every row another."""
@@ -97,14 +105,6 @@ class Tiny(NamedTuple):
 
 def _layers(config: Any, *fields: str) -> Callable[[int], Any]:
     return lambda n: dataclasses.replace(config, **dict.fromkeys(fields, n))
-
-
-def randomise(net: nnx.Module) -> nnx.Module:
-    graph, params = nnx.split(net)
-    leaves, tree = jax.tree.flatten(params)
-    r = np.random.default_rng(0)
-    leaves = [jnp.asarray(r.normal(0.02, 0.1, x.shape) + (x == 1), jnp.float32) for x in leaves]
-    return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
 
 
 TINY = {

@@ -23,6 +23,10 @@ from paro_jax.models._mapping import Rows
 from paro_jax.models.layers import (
     Dense,
     Heads,
+    Remat,
+    activate,
+    attend_dense,
+    attend_planned,
     axis_rope,
     capture_blocks,
     check_latents,
@@ -30,6 +34,7 @@ from paro_jax.models.layers import (
     head_weights,
     patchify,
     rotate,
+    run_layers,
     timestep_embedding,
 )
 
@@ -207,12 +212,12 @@ class Block(nnx.Module):
         h, gate = self.norm1(x, temb, is_text)
         x = x + gate * self.attention(h, rope, plan, dense)
         h, gate = self.norm2(x, temb, is_text)
-        return x + gate * self.mlp_out(jax.nn.gelu(self.mlp_in(h), approximate=True))
+        return x + gate * self.mlp_out(activate(self.mlp_in(h)))
 
     def attention(self, h: Array, rope: Rope | None, plan: AttentionPlan | None, dense: Dense | None) -> Array:
         """The seam: `[B, N, C]` -> `[B, N, C]`, `dense` without a plan."""
         if plan is None:
-            o = (dense or paro_jax.attention)(*self.qkv(h, rope))
+            o = attend_dense(self.qkv(h, rope), dense)
         else:
 
             def project(role: Literal["q", "k", "v"], linear: nnx.Linear, norm: nnx.LayerNorm | None):
@@ -227,7 +232,7 @@ class Block(nnx.Module):
 
             q = project("q", self.to_q, self.norm_q)
             k = project("k", self.to_k, self.norm_k)
-            o = paro_jax.attend(q, k, project("v", self.to_v, None), plan=plan)
+            o = attend_planned(q, k, project("v", self.to_v, None), plan)
         return self.to_out(o.reshape(*o.shape[:2], -1))
 
     def heads(self, x: Array, temb: Array, is_text: Array, rope: Rope | None) -> Heads:
@@ -268,23 +273,21 @@ class CogVideoX(nnx.Module):
         *,
         plan: AttentionPlan | None = None,
         dense: Dense | None = None,
-        remat: bool = False,
+        remat: Remat = False,
+        unroll: bool = False,
     ) -> Array:
         """Predict.
 
         latents `[B, F, C, H, W]`, timestep `[B]`, text `[B, T, E]` -> `[B, F, C_out, H, W]`. ValueError unless F, H, W
         are multiples of the patch; `config.padded_frames` is such an F.
         `plan`: leading axis (sites,) = layers. Without one attention is dense: `dense(q, k, v)`, for example
-        `partial(paro_jax.attention, implementation="cudnn")`; by default `paro_jax.attention`. `remat` recomputes
-        blocks in the backward pass.
+        `partial(paro_jax.attention, implementation="cudnn")`; by default `paro_jax.attention`.
+        `remat`: True computes blocks again in the backward pass; names out of `layers.NAMES`, such as "attention", all
+        of them but what is named; a policy of `jax.checkpoint_policies` what it says. `unroll`: compile each layer by
+        itself instead of one for all.
         """
         x, context = self.enter(latents, timestep, text)
-
-        def layer(x, block_and_plan):
-            block, plan = block_and_plan
-            return block(x, *context, plan, dense), None
-
-        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (self.blocks, plan))
+        x = run_layers(self.blocks, x, context, plan, dense, remat=remat, unroll=unroll)
         config, (f, p, _) = self.config, self.config.patch
         batch, frames, _, height, width = latents.shape
         x = self.norm_final(x)[:, text.shape[1] :]

@@ -24,6 +24,10 @@ from paro_jax.models._mapping import Rows
 from paro_jax.models.layers import (
     Dense,
     Heads,
+    Remat,
+    activate,
+    attend_dense,
+    attend_planned,
     axis_rope,
     capture_blocks,
     check_latents,
@@ -32,6 +36,7 @@ from paro_jax.models.layers import (
     layer_norm,
     patchify,
     rotate,
+    run_layers,
     split_heads,
     timestep_embedding,
 )
@@ -180,7 +185,7 @@ class Projections(nnx.Module):
         return self.norm_q(q), self.norm_k(k), v
 
     def mlp(self, h: Array) -> Array:
-        return jax.nn.gelu(self.mlp_in(h), approximate=True)
+        return activate(self.mlp_in(h))
 
 
 class Stream(Projections):
@@ -233,12 +238,12 @@ class DoubleBlock(nnx.Module):
         parts = self.parts(temb)
         q, k, v = self.qkv(streams, parts)
         if plan is None:
-            o = (dense or paro_jax.attention)(rotate(q, rope), rotate(k, rope), v)
+            o = attend_dense((rotate(q, rope), rotate(k, rope), v), dense)
         else:
             # Two projections feed each of q, k and v, so they are arranged once joined.
             q = paro_jax.arrange(q, plan=plan, role="q", rope=rope)
             k = paro_jax.arrange(k, plan=plan, role="k", rope=rope)
-            o = paro_jax.attend(q, k, paro_jax.arrange(v, plan=plan, role="v"), plan=plan)
+            o = attend_planned(q, k, paro_jax.arrange(v, plan=plan, role="v"), plan)
         o, tokens = o.reshape(*o.shape[:2], -1), streams[0].shape[1]
         text = self.text.finish(streams[0], o[:, :tokens], parts[0])
         return text, self.image.finish(streams[1], o[:, tokens:], parts[1])
@@ -265,7 +270,7 @@ class SingleBlock(Projections):
         """The seam: `[B, N, C]` -> `[B, N, heads, D]`, `dense` without a plan."""
         if plan is None:
             q, k, v = self.qkv(h)
-            return (dense or paro_jax.attention)(rotate(q, rope), rotate(k, rope), v)
+            return attend_dense((rotate(q, rope), rotate(k, rope), v), dense)
 
         def project(role: Literal["q", "k", "v"], linear: nnx.Linear, norm: nnx.RMSNorm | None):
             return paro_jax.project_in(
@@ -278,7 +283,7 @@ class SingleBlock(Projections):
             )
 
         q, k = project("q", self.to_q, self.norm_q), project("k", self.to_k, self.norm_k)
-        return paro_jax.attend(q, k, project("v", self.to_v, None), plan=plan)
+        return attend_planned(q, k, project("v", self.to_v, None), plan)
 
     def __call__(
         self, x: Array, temb: Array, rope: Rope, plan: AttentionPlan | None, dense: Dense | None = None
@@ -316,7 +321,8 @@ class Flux(nnx.Module):
         *,
         plan: AttentionPlan | None = None,
         dense: Dense | None = None,
-        remat: bool = False,
+        remat: Remat = False,
+        unroll: bool = False,
     ) -> Array:
         """Predict.
 
@@ -324,7 +330,10 @@ class Flux(nnx.Module):
         `[B]` for a guided model and None for another -> `[B, C, H, W]`. ValueError for inputs that do not fit.
         `plan`: leading axis (sites,), double blocks, then single ones. Without one attention is dense:
         `dense(q, k, v)`, for example `partial(paro_jax.attention, implementation="cudnn")`; by default
-        `paro_jax.attention`. `remat` recomputes blocks in the backward pass.
+        `paro_jax.attention`.
+        `remat`: True computes blocks again in the backward pass; names out of `layers.NAMES`, such as "attention", all
+        of them but what is named; a policy of `jax.checkpoint_policies` what it says. `unroll`: compile each layer by
+        itself instead of one for all of its kind.
         """
         config, p = self.config, self.config.patch_size
         streams, context = self.enter(latents, timestep, text, pooled, guidance)
@@ -334,14 +343,9 @@ class Flux(nnx.Module):
                 jax.tree.map(lambda a, s=s: a[s], plan)
                 for s in (slice(config.num_double), slice(config.num_double, None))
             )
-
-        def layer(x, block_and_plan):
-            block, plan = block_and_plan
-            return block(x, *context, plan, dense), None
-
-        layer = jax.checkpoint(layer) if remat else layer
-        streams, _ = jax.lax.scan(layer, streams, (self.double, first))
-        x, _ = jax.lax.scan(layer, jnp.concatenate(streams, axis=1), (self.single, last))
+        how: dict[str, Any] = dict(remat=remat, unroll=unroll)
+        streams = run_layers(self.double, streams, context, first, dense, **how)
+        x = run_layers(self.single, jnp.concatenate(streams, axis=1), context, last, dense, **how)
         batch, channels, height, width = latents.shape
         scale, shift = jnp.split(self.modulation_out(jax.nn.silu(context[0])), 2, axis=-1)
         x = self.proj_out(modulate(x[:, text.shape[1] :], shift, scale))

@@ -1,4 +1,4 @@
-"""What the models share: sinusoids of time, rotary tables, rotation, weights per head, patches, capture."""
+"""What the models share: sinusoids of time, rotary tables, rotation, attention, a stack of layers, patches, capture."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
-from paro_jax import AttentionPlan, Norm, Rope, TokenGrid
+import paro_jax
+from paro_jax import AttentionPlan, Norm, Rope, TokenBlocks, TokenGrid
 
 Heads = tuple[Array, Array, Array]  # q, k, v of one attention layer, [B, N, heads, D] in model order
 Dense = Callable[[Array, Array, Array], Array]  # attention without a plan: q, k, v -> [B, N, heads, D]
+Remat = bool | str | Sequence[str] | Callable[..., bool]
+
+# What a block computes under a name, for `remat`: q, k and v as attention takes them; what attention gives, [B, N,
+# heads, D]; and the wide product of the feed-forward, before its activation. Wan has two attentions in a block.
+NAMES = ("qkv", "attention", "mlp")
 
 
 def timestep_embedding(timestep: Array, dim: int) -> Array:
@@ -83,6 +90,64 @@ def head_norm(norm: nnx.LayerNorm | nnx.RMSNorm) -> Norm:
     if isinstance(norm, nnx.RMSNorm):
         return Norm("rms", scale, None, norm.epsilon)
     return Norm("layer", scale, None if norm.bias is None else norm.bias[...], norm.epsilon)
+
+
+def attend_dense(qkv: Heads, dense: Dense | None) -> Array:
+    """Attention without a plan, `[B, N, heads, D]`: by `dense`, or else `paro_jax.attention`. Named for `remat`."""
+    return checkpoint_name((dense or paro_jax.attention)(*checkpoint_name(qkv, "qkv")), "attention")
+
+
+def attend_planned(q: TokenBlocks, k: TokenBlocks, v: TokenBlocks, plan: AttentionPlan) -> Array:
+    """Attention under a plan, `[B, N, heads, D]` in model order. Named for `remat`."""
+    q, k, v = checkpoint_name((q, k, v), "qkv")
+    return checkpoint_name(paro_jax.attend(q, k, v, plan=plan), "attention")
+
+
+def activate(wide: Array) -> Array:
+    """Tanh-GELU in the middle of a feed-forward. What comes in is named for `remat`."""
+    return jax.nn.gelu(checkpoint_name(wide, "mlp"), approximate=True)
+
+
+def run_layers(
+    blocks: nnx.Module,
+    x: Any,
+    context: tuple,
+    plan: AttentionPlan | None,
+    dense: Dense | None,
+    *,
+    remat: Remat = False,
+    unroll: bool = False,
+) -> Any:
+    """x through all layers of a stack: `x = block(x, *context, plan, dense)`, plan and weights a slice of theirs.
+
+    `remat`, of the backward pass: False keeps all that it needs, True the input of each block alone, names out of
+    `NAMES` that input and what bears them, and a function is a policy of `jax.checkpoint`; the rest is computed again.
+    `unroll`: compile every layer by itself rather than one program that all of them run in turn.
+    """
+
+    def layer(x: Any, block_and_plan: Any) -> tuple[Any, None]:
+        block, plan = block_and_plan
+        return block(x, *context, plan, dense), None
+
+    if remat is not False:
+        # In a loop nothing outside can take the second computation for the first, so nothing need hinder it.
+        layer = jax.checkpoint(layer, policy=_policy(remat), prevent_cse=unroll)
+    return jax.lax.scan(layer, x, (blocks, plan), unroll=unroll)[0]
+
+
+def _policy(remat: Remat) -> Callable[..., bool] | None:
+    if remat is True:
+        return None
+    if callable(remat):
+        return remat
+    names = (remat,) if isinstance(remat, str) else remat
+    if not isinstance(names, Sequence) or not names or (unknown := [name for name in names if name not in NAMES]):
+        found = remat if not isinstance(names, Sequence) or not names else unknown
+        raise ValueError(
+            f"remat: expected False, True, names out of {', '.join(NAMES)}, or a policy of jax.checkpoint_policies; "
+            f"found {found!r}."
+        )
+    return jax.checkpoint_policies.save_only_these_names(*names)
 
 
 def patchify(video: Array, patch: tuple[int, int, int]) -> Array:

@@ -22,6 +22,10 @@ from paro_jax import AttentionPlan, Rope, TokenGrid
 from paro_jax.models.layers import (
     Dense,
     Heads,
+    Remat,
+    activate,
+    attend_dense,
+    attend_planned,
     axis_rope,
     capture_blocks,
     check_latents,
@@ -29,6 +33,7 @@ from paro_jax.models.layers import (
     layer_norm,
     patchify,
     rotate,
+    run_layers,
     split_heads,
     timestep_embedding,
 )
@@ -69,6 +74,23 @@ WAN_1_3B = WanConfig(num_layers=30, num_heads=12, mlp_dim=8960, height=60, width
 WAN_2_2_5B = WanConfig(
     num_layers=30, num_heads=24, in_channels=48, out_channels=48, mlp_dim=14336, frames=31, height=44, width=80
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """How Wan 2.2 A14B is sampled: two nets of one configuration, `transformer/` for noise, `transformer_2/` after.
+
+    `boundary`: the noise level from which on up the first is asked (`samplers.experts`). `guidance`: of the first and
+    of the second. `shift`, `steps`: of UniPC. Text to video, from the authors' configuration.
+    """
+
+    boundary: float = 0.875
+    guidance: tuple[float, float] = (4.0, 3.0)
+    shift: float = 12.0
+    steps: int = 40
+
+
+A14B = Experts()
 
 
 def diffusers_names(config: WanConfig) -> dict[str, str]:
@@ -155,16 +177,17 @@ class Attention(nnx.Module):
     def to_self(self, h: Array, rope: Rope, plan: AttentionPlan | None, dense: Dense | None) -> Array:
         """The seam: `[B, N, C]` -> `[B, N, C]`, `dense` without a plan."""
         if plan is None:
-            return self.out((dense or paro_jax.attention)(*self.qkv(h, rope)))
+            return self.out(attend_dense(self.qkv(h, rope), dense))
         # A norm across heads cannot run inside `project_in`, which sees one head at a time; the rotation can.
         q = paro_jax.arrange(self.query(h), plan=plan, role="q", rope=rope)
         k = paro_jax.arrange(self.key(h), plan=plan, role="k", rope=rope)
         v = paro_jax.project_in(h, *head_weights(self.to_v, self.num_heads), plan=plan, role="v")
-        return self.out(paro_jax.attend(q, k, v, plan=plan))
+        return self.out(attend_planned(q, k, v, plan))
 
     def to_text(self, h: Array, text: Array) -> Array:
         """Every video token looks at all of the text; `[B, N, C]`, `[B, T, C]` -> `[B, N, C]`."""
-        return self.out(paro_jax.attention(self.query(h), self.key(text), split_heads(self.to_v(text), self.num_heads)))
+        qkv = self.query(h), self.key(text), split_heads(self.to_v(text), self.num_heads)
+        return self.out(attend_dense(qkv, None))
 
 
 class Block(nnx.Module):
@@ -207,7 +230,7 @@ class Block(nnx.Module):
         h = self.norm_cross(x.astype(jnp.float32)).astype(x.dtype)
         x = x + self.cross.to_text(h, text)
         h, gate = self.modulate(x, modulation, 1)
-        h = self.mlp_out(jax.nn.gelu(self.mlp_in(h), approximate=True))
+        h = self.mlp_out(activate(self.mlp_in(h)))
         return (x.astype(jnp.float32) + h.astype(jnp.float32) * gate).astype(x.dtype)
 
 
@@ -235,23 +258,21 @@ class Wan(nnx.Module):
         *,
         plan: AttentionPlan | None = None,
         dense: Dense | None = None,
-        remat: bool = False,
+        remat: Remat = False,
+        unroll: bool = False,
     ) -> Array:
         """Predict.
 
         latents `[B, C, F, H, W]`, timestep `[B]` or one per token `[B, N]` (Wan 2.2 5B), text `[B, T, E]` ->
         `[B, C_out, F, H, W]`. ValueError unless F, H, W are multiples of the patch.
         `plan`: leading axis (sites,) = layers. Without one self-attention is dense: `dense(q, k, v)`, for example
-        `partial(paro_jax.attention, implementation="cudnn")`; by default `paro_jax.attention`. `remat` recomputes
-        blocks in the backward pass.
+        `partial(paro_jax.attention, implementation="cudnn")`; by default `paro_jax.attention`.
+        `remat`: True computes blocks again in the backward pass; names out of `layers.NAMES`, such as "attention", all
+        of them but what is named; a policy of `jax.checkpoint_policies` what it says. `unroll`: compile each layer by
+        itself instead of one for all.
         """
         x, context, temb = self.enter(latents, timestep, text)
-
-        def layer(x, block_and_plan):
-            block, plan = block_and_plan
-            return block(x, *context, plan, dense), None
-
-        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (self.blocks, plan))
+        x = run_layers(self.blocks, x, context, plan, dense, remat=remat, unroll=unroll)
         config = self.config
         batch, _, *sizes = latents.shape
         grid = (n // p for n, p in zip(sizes, config.patch, strict=True))
