@@ -10,6 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import parity
 import pytest
 from flax import nnx
@@ -52,6 +53,17 @@ def test_round_trip(source, converted):
     jax.tree.map(np.testing.assert_array_equal, leaves(from_pretrained(converted)), leaves(from_pretrained(source)))
 
 
+def test_what_lies_there_is_orbax_and_needs_none(converted, monkeypatch):
+    """Orbax reads the folder as any other of its own; we read the same numbers from its files, without it."""
+    plain = leaves(load_checkpoint(converted))
+    found = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(converted / "params")
+    assert found.keys() == plain.keys()
+    jax.tree.map(np.testing.assert_array_equal, found, plain)
+    # As it is where arrays were saved in shards: orbax restores.
+    monkeypatch.setattr("paro_jax.models._checkpoint._dtype_of_one_chunk", lambda *_: None)
+    jax.tree.map(np.testing.assert_array_equal, leaves(load_checkpoint(converted)), plain)
+
+
 def test_another_resolution_and_another_model(converted):
     taller = dataclasses.replace(load_checkpoint(converted).config, height=16)
     assert from_pretrained(converted, model=taller).config.height == 16
@@ -79,6 +91,18 @@ def test_what_the_command_says(capsys, source, tmp_path):
     assert status == 0 and "from_pretrained(" in out
     assert leaves(from_pretrained(tmp_path / "out", dtype=None))["patch.kernel"].dtype == np.float32
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_bars_for_reading_and_writing(capsys, source, tmp_path, monkeypatch):
+    """Orbax tells nothing while it writes, so its bar counts the bytes that have come to lie on the disk."""
+    assert paro(capsys, "convert", source, tmp_path / "a")[2].count("\r") == 0  # nobody looks
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    err = paro(capsys, "convert", source, tmp_path / "b")[2]
+    assert "load: 100%" in err and "write: 100%" in err
+    load_checkpoint(tmp_path / "b", progress=True)
+    assert "load: 100%" in capsys.readouterr().err
+    load_checkpoint(tmp_path / "b")
+    assert not capsys.readouterr().err
 
 
 MISTAKES = {
@@ -187,6 +211,7 @@ check(model, 4)
 _, inputs, output = parity.read("cogvideox_5b")
 np.testing.assert_allclose(jax.jit(model.__call__)(**inputs), output, atol=1e-5, rtol=0)
 save_checkpoint(model, out)
+save_checkpoint(from_pretrained(source, dtype=jnp.float32), out + "_in_one_piece")
 
 other = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
 with jax.set_mesh(other):  # found without being handed over, from the original and from what another mesh has saved
@@ -196,6 +221,7 @@ for kind in (AxisType.Explicit, AxisType.Auto):
     mesh = jax.make_mesh((4, 2), ("model", "data"), axis_types=(kind,) * 2)
     check(from_pretrained(source, dtype=jnp.float32, mesh=mesh), 4)
     check(from_pretrained(out, dtype=jnp.float32, mesh=mesh), 4)
+    check(from_pretrained(out + "_in_one_piece", dtype=jnp.float32, mesh=mesh), 4)
 alone = from_pretrained(out, dtype=jnp.float32)
 assert all(len(x.sharding.device_set) == 1 for x in flat(alone).values())
 print("equal")

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         arrays = [value.get_value() for _, value in nnx.to_flat_state(nnx.state(model, nnx.Param))]
         size = sum(x.nbytes for x in arrays)
         _show.note(f"write {size / 1e9:.3g} GB to {args.destination}")
-        weights.save_checkpoint(model, args.destination, force=args.force)
+        weights.save_checkpoint(model, args.destination, force=args.force, progress=True)
     found = {
         "path": args.destination,
         "source": args.source,

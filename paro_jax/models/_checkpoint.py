@@ -1,4 +1,9 @@
-"""Converted checkpoints: a folder with orbax arrays and a `config.json`, ready to be restored onto any mesh."""
+"""Converted checkpoints: a folder with orbax arrays and a `config.json`, ready to be restored onto any mesh.
+
+Orbax writes each array as a folder of its own (zarr), uncompressed, in one file for each shard. An array that came from
+one device is then a file of plain numbers, and is read as a tensor of safetensors is, straight into its place: orbax
+would hold a second copy of what it reads. What was saved from a mesh, orbax restores.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +12,23 @@ import dataclasses
 import json
 import os
 import shutil
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
+from tqdm import tqdm
 
 from paro_jax import _files
 from paro_jax.models import _published, _stream
-from paro_jax.models._mapping import raise_if
+from paro_jax.models._mapping import Source, raise_if
 from paro_jax.models._published import Config, Model
-from paro_jax.models._safetensors import WeightsError, read_json
+from paro_jax.models._safetensors import DTYPES, Tensor, WeightsError, open_file, read_json
 
 _KIND = "paro_jax.models"
 _SCHEMA = 1
@@ -30,11 +39,11 @@ def is_one(path: Path) -> bool:
     return (path / "config.json").is_file() and (path / "params").is_dir()
 
 
-def save_checkpoint(model: Model, path: str | os.PathLike, *, force: bool = False) -> None:
+def save_checkpoint(model: Model, path: str | os.PathLike, *, force: bool = False, progress: bool = False) -> None:
     """Write FLUX, CogVideoX or Wan to the folder `path`: parameters by orbax in `params/`, hyperparameters beside.
 
     Atomic: the folder appears whole or not at all. What is there already is an error; with `force` a checkpoint is
-    replaced, but never anything else.
+    replaced, but never anything else. `progress`: a bar on stderr, if that is a terminal.
 
     Raises:
       WeightsError: another kind of model; `path` is taken or cannot be written.
@@ -50,7 +59,7 @@ def save_checkpoint(model: Model, path: str | os.PathLike, *, force: bool = Fals
     new = _files.beside(path)
     try:
         new.mkdir()
-        with _orbax() as checkpointer:
+        with _orbax() as checkpointer, _watched(new, sum(x.nbytes for x in _params(model).values()), progress):
             checkpointer.save(new / "params", _params(model))
         header |= {
             "config": dataclasses.asdict(config),
@@ -66,17 +75,21 @@ def save_checkpoint(model: Model, path: str | os.PathLike, *, force: bool = Fals
 
 
 def load_checkpoint(
-    path: str | os.PathLike, *, config: Config | None = None, dtype: Any = None, mesh: Mesh | None = None
+    path: str | os.PathLike,
+    *,
+    config: Config | None = None,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    progress: bool = False,
 ) -> Model:
     """The model in a folder of `save_checkpoint`, cast to `dtype` (None keeps it), sharded as `from_pretrained` does.
 
     `config`: used instead of the stored one, for another resolution. The mesh need not be the one of the saving.
+    `progress`: a bar on stderr, if that is a terminal.
 
     Raises:
       WeightsError: no such checkpoint, one of a newer paro_jax, a damaged one, or one of another model than `config`.
     """
-    import orbax.checkpoint as ocp
-
     path = Path(os.path.realpath(Path(path).expanduser()))
     header = _header(path)
     config = _config_for(header, path, config)
@@ -84,6 +97,54 @@ def load_checkpoint(
     _check(header, params, path)
     mesh = _stream.mesh_or_current(mesh)
     dtype_of = _published.dtypes(config, dtype)
+    with _plain(path / "params", params) as (sources, tensors):
+        if sources is None:
+            state = _restore(path, params, dtype_of, mesh)
+        else:
+            state = _stream.read(sources, tensors, dtype_of, mesh, progress)
+    return nnx.merge(graph, state, rest)
+
+
+@contextlib.contextmanager
+def _plain(folder: Path, params: nnx.State) -> Iterator[tuple[list[Source] | None, dict[str, Tensor]]]:
+    """Where every parameter is, if all of them are files of plain numbers; else None. Layers one by one, as usual."""
+    sources: list[Source] = []
+    tensors: dict[str, Tensor] = {}
+    with contextlib.ExitStack() as stack:
+        for path, value in nnx.to_flat_state(params):
+            name, shape = ".".join(map(str, path)), value.get_value().shape
+            dtype = _dtype_of_one_chunk(folder / name, shape)
+            if dtype is None:
+                yield None, {}
+                return
+            file = folder / name / ".".join("0" * len(shape))
+            stream = stack.enter_context(open_file(file))
+            stacked = len(shape) > 2
+            keys = tuple(f"{name} {i}" for i in range(shape[0])) if stacked else (name,)
+            sources.append(Source(path, shape, keys, (), stacked, False))
+            size = sources[-1].rows * sources[-1].width * dtype.itemsize
+            for i, key in enumerate(keys):
+                tensors[key] = Tensor(file, stream.fileno(), i * size, dtype, sources[-1].piece)
+        yield sources, tensors
+
+
+def _dtype_of_one_chunk(folder: Path, shape: tuple[int, ...]) -> np.dtype | None:
+    """That of a zarr array in one file, uncompressed, in the order of C; None if it is anything else."""
+    try:
+        about = json.loads((folder / ".zarray").read_text())
+    except (OSError, ValueError):
+        return None
+    plain = {"zarr_format": 2, "compressor": None, "filters": None, "order": "C", "dimension_separator": "."}
+    if not shape or {**about, **plain} != about or not about["shape"] == about["chunks"] == list(shape):
+        return None
+    found = str(about.get("dtype")).removeprefix("<")
+    return next((dtype for dtype in DTYPES.values() if found in (dtype.name, dtype.str[1:])), None)
+
+
+def _restore(path: Path, params: nnx.State, dtype_of: Callable[[str], Any], mesh: Mesh | None) -> nnx.State:
+    """The same by orbax, from any number of chunks."""
+    import orbax.checkpoint as ocp
+
     alone = jnp.zeros(()).sharding  # the default device
     how: dict[str, Any] = {}
     for key, value in nnx.to_flat_state(params):
@@ -97,7 +158,12 @@ def load_checkpoint(
         what = " ".join(str(error).split())[:300]
         raise WeightsError(f"{path / 'params'} is damaged ({what}); convert it again.") from error
     flat = [(key, value.replace(found[".".join(map(str, key))])) for key, value in nnx.to_flat_state(params)]
-    return nnx.merge(graph, nnx.from_flat_state(flat), rest)
+    return nnx.from_flat_state(flat)
+
+
+def stored_config(path: Path, wanted: Config | None) -> Config:
+    """The configuration of a checkpoint, or `wanted`, which must be of the same class."""
+    return _config_for(_header(path), path, wanted)
 
 
 def check_free(path: str | os.PathLike, *, force: bool = False) -> Path:
@@ -194,5 +260,41 @@ def _sizes(path: Path) -> dict[str, int]:
 def _orbax() -> Any:
     import orbax.checkpoint as ocp
 
-    # Trained weights do not compress: packing them costs time and saves a fifth at best.
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+    # Trained weights do not compress: packing them costs time and saves a fifth at best. And no OCDBT: see the top.
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False, use_ocdbt=False, use_zarr3=False))
+
+
+@contextlib.contextmanager
+def _watched(folder: Path, size: int, progress: bool) -> Iterator[None]:
+    """A bar of the bytes that lie in `folder`, looked at again and again, as orbax tells nothing while it writes."""
+    done = threading.Event()
+    # None: only where a person looks.
+    with tqdm(total=size, desc="write", unit="B", unit_scale=True, disable=None if progress else True) as bar:
+
+        def look() -> None:
+            bar.update(min(_written(folder), size) - bar.n)
+
+        def watch() -> None:
+            while not done.wait(0.2):
+                look()
+
+        thread = threading.Thread(target=watch, daemon=True)
+        if not bar.disable:
+            thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            if not bar.disable:
+                thread.join()
+                look()
+
+
+def _written(folder: Path) -> int:
+    """Bytes of the files in `folder`, which come, grow and change their names meanwhile."""
+    size = 0
+    for place, _, files in os.walk(folder):
+        for file in files:
+            with contextlib.suppress(OSError):
+                size += os.stat(os.path.join(place, file)).st_size
+    return size

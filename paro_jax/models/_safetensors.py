@@ -80,7 +80,7 @@ def opened(path: Path) -> Iterator[tuple[dict[str, Tensor], list[str]]]:
     unread: dict[str, list[str]] = {}
     with contextlib.ExitStack() as stack:
         for file in files:
-            stream = stack.enter_context(_open(file))
+            stream = stack.enter_context(open_file(file))
             for key, (kind, shape, offset) in _header(file, stream).items():
                 if key in tensors:
                     problems.append(f"{key} is in two files, {tensors[key].file.name} and {file.name}")
@@ -157,7 +157,8 @@ def _unfinished(names: list[str]) -> str:
     return f" (the download of {partial[0]} has not finished)" if partial else ""
 
 
-def _open(file: Path) -> Any:
+def open_file(file: Path) -> Any:
+    """For reading, unbuffered; WeightsError if it cannot be opened."""
     try:
         return open(file, "rb", buffering=0)
     except FileNotFoundError as error:

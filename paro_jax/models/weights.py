@@ -34,6 +34,7 @@ __all__ = [
     "Rows",
     "WeightsError",
     "check_free",
+    "config_of",
     "from_pretrained",
     "load",
     "load_checkpoint",
@@ -77,13 +78,23 @@ def from_pretrained(
     place = _locate(path)
     wanted = _named(model) if isinstance(model, str) else model
     if _checkpoint.is_one(place):
-        return load_checkpoint(place, config=wanted, dtype=dtype, mesh=mesh)
+        return load_checkpoint(place, config=wanted, dtype=dtype, mesh=mesh, progress=progress)
     config = _config(place, wanted)
 
     def names(found: dict[str, Tensor]) -> Names:
         return _published.names(config, found)
 
     return _load(lambda: _published.build(config), place, names, _published.dtypes(config, dtype), mesh, progress)
+
+
+def config_of(path: str | os.PathLike, *, model: str | Config | None = None) -> Config:
+    """The configuration of what `from_pretrained` would load; no weights are read, only JSON.
+
+    Arguments as of `from_pretrained`. WeightsError as there, for all that a `config.json` can tell.
+    """
+    place = _locate(path)
+    wanted = _named(model) if isinstance(model, str) else model
+    return _checkpoint.stored_config(place, wanted) if _checkpoint.is_one(place) else _config(place, wanted)
 
 
 def load[M: nnx.Module](
