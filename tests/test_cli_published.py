@@ -132,7 +132,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line(capsys, tmp_path, models, mistake):
+def test_a_mistake_is_one_line(capsys, tmp_path, models, mistake, monkeypatch):
+    """And is told before any weights are read, which takes minutes."""
+    monkeypatch.setattr("paro_jax.models._stream.read", lambda *_: pytest.fail("weights were read"))
     name, changed, more, says = MISTAKES[mistake]
     tensors = load_file(models[name][1])
     for key, shape in changed.items():
@@ -151,6 +153,14 @@ def test_a_mistake_is_one_line(capsys, tmp_path, models, mistake):
     line = err.strip().splitlines()[-1]
     assert status == 2 and says.format(folder=models[name][0]) in line, err
     assert not (tmp_path / "plan").exists()
+
+
+def test_a_plan_is_for_one_of_two_experts(capsys, tmp_path, models):
+    for name in ("transformer", "transformer_2"):
+        (tmp_path / "pipeline" / name).mkdir(parents=True)
+    argv = command(models | {"wan": (tmp_path / "pipeline", models["wan"][1])}, "wan", tmp_path / "plan")
+    status, _, err = paro(capsys, *argv)
+    assert status == 2 and f"give {tmp_path}/pipeline/transformer or" in err and err.count("\n") == 1
 
 
 def test_a_file_cut_short_and_numbers_that_are_not(capsys, tmp_path, models):

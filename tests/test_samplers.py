@@ -2,6 +2,8 @@
 
 import functools
 import pathlib
+import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +17,14 @@ from paro_jax.models.samplers import (
     cosine_guidance,
     ddim,
     dpm,
+    experts,
     flow_euler,
     flux_shift,
     fresh_noise,
     guided,
     unipc,
 )
+from paro_jax.models.wan import A14B
 
 
 def test_schedule_ends_in_pure_noise_and_falls():
@@ -142,8 +146,11 @@ def test_every_golden_run_is_compared():
 
 
 @pytest.mark.parametrize("run", [run_ddim, run_dpm, run_euler, run_unipc])
-def test_progress_changes_nothing_but_the_place(run, capsys):
+def test_progress_changes_nothing_but_the_place(run, capsys, monkeypatch):
     golden = golden_runs("dpm")
+    run(golden, steps=7, shift=3.0, progress=True)
+    assert not capsys.readouterr().err  # a log file has no use for a bar
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     shown = run(golden, steps=7, shift=3.0, progress=True)
     assert "sample: 100%" in capsys.readouterr().err
     np.testing.assert_allclose(run(golden, steps=7, shift=3.0), shown, atol=1e-6, rtol=0)
@@ -222,6 +229,42 @@ def test_cosine_guidance_settles_at_the_end():
     assert every.min() >= 1 and every.max() <= 7
     np.testing.assert_allclose(every[[0, 50]], [7, 1], atol=1e-6)
     assert (np.diff(every[:51]) <= 0).all()
+
+
+def test_two_experts_share_a_run():
+    """From the boundary up the first alone is asked, below it the second: step by step, and chosen inside a scan."""
+    asked = []
+
+    def expert(name, slope):
+        def predict(x, timestep, step):
+            asked.append((name, timestep))
+            return slope * x + timestep[0] / 1000
+
+        return predict
+
+    both = experts(expert("high", 0.5), expert("low", -0.2), boundary=A14B.boundary)
+    how: dict[str, Any] = dict(steps=A14B.steps, schedule=FlowSchedule(A14B.shift))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3)), jnp.float32)
+    stepped = unipc(both, x, progress=True, **how)
+    assert [name for name, _ in asked] == ["high"] * 26 + ["low"] * 14
+    assert min(float(t[0]) for name, t in asked if name == "high") >= 875 > float(asked[26][1][0])
+
+    asked.clear()
+    scanned = jax.jit(lambda x: unipc(both, x, **how))(x)
+    assert [name for name, _ in asked] == ["high", "low"]  # each traced once
+    np.testing.assert_allclose(scanned, stepped, atol=1e-5, rtol=0)
+
+    # At the boundary itself it is the first, as in the original.
+    high, low = (lambda x, t, s, y=y: x + y for y in (1, -1))
+    for timestep, expected in ((875.0, 1), (874.0, -1)):
+        got = experts(high, low, boundary=0.875)(jnp.zeros((2, 3)), jnp.full(2, timestep), jnp.int32(0))
+        np.testing.assert_array_equal(got, np.full((2, 3), expected))
+
+
+@pytest.mark.parametrize("boundary", [0, 1, 875])
+def test_a_boundary_that_leaves_one_expert_idle(boundary, says):
+    with says("boundary", "between 0 and 1", boundary):
+        experts(lambda x, t, s: x, lambda x, t, s: x, boundary=boundary)
 
 
 @pytest.mark.parametrize("steps", [0, 1001])

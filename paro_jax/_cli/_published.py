@@ -185,13 +185,21 @@ def samples(
     from paro_jax.models import weights
 
     family = args.model if args.model in FAMILIES else None
-    net = weights.from_pretrained(args.weights, model=None if family else args.model, progress=True)
-    config: Config = net.config  # type: ignore[attr-defined]
+    preset = None if family else args.model
+    # All that can be wrong is known before the weights are read, which takes minutes.
+    one, two = (Path(args.weights) / folder for folder in ("transformer", "transformer_2"))
+    if one.is_dir() and two.is_dir():
+        raise UserError(
+            f"--weights: {args.weights} holds two experts, and a plan is for one: give {one} or {two}, and with --at "
+            "the steps at which that one is asked"
+        )
+    config = weights.config_of(args.weights, model=preset)
+    name = type(config).__name__.removesuffix("Config")
     if family and not isinstance(config, FAMILIES[family]):
         other = next(name for name, kind in FAMILIES.items() if isinstance(config, kind))
-        raise UserError(f"--model {family}: {args.weights} holds {type(net).__name__}; give --model {other}")
+        raise UserError(f"--model {family}: {args.weights} holds {name}; give --model {other}")
     how = recipe(config, args)
-    _check_fits(embeddings, config, how, type(net).__name__)
+    _check_fits(embeddings, config, how, name)
     steps = how.steps
     if len(edges) - 1 > steps:
         raise UserError(f"--buckets: expected at most one for each of {steps} steps, found {len(edges) - 1}")
@@ -199,6 +207,7 @@ def samples(
     if at[-1] >= steps:
         raise UserError(f"--at: expected steps from 0 to {steps - 1}, found {at[-1]}; --steps sets how many there are")
 
+    net = weights.from_pretrained(args.weights, model=preset, progress=True)
     text = 0 if isinstance(config, WanConfig) else embeddings.tensors["prompt_embeds"].shape[1]
     grid = TokenGrid(how.shape, text=text, bricks=tuple(args.bricks))
     dense = AttentionPlan.dense(TokenGrid((grid.tokens,)), heads=config.num_heads)
@@ -211,7 +220,7 @@ def samples(
         for step, (x, timestep) in _watch(net, how, dense, inputs, scale, noise, at).items():
             runs.append((step / steps, functools.partial(net.capture, x, timestep, *inputs)))  # type: ignore[attr-defined]
     provenance = {"weights": Path(args.weights).name, "prompts": embeddings.prompts, "steps": steps, "at": at}
-    return calibrate.LiveSamples(runs, sites=how.sites), grid, type(net).__name__, provenance | {"seed": args.seed}
+    return calibrate.LiveSamples(runs, sites=how.sites), grid, name, provenance | {"seed": args.seed}
 
 
 def _check_fits(embeddings: Embeddings, config: Config, how: Recipe, name: str) -> None:

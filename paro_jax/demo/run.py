@@ -164,7 +164,7 @@ def run_demo(
     net = load_model()
 
     videos = prompts * (1 + len(densities) * (len(WIDTHS) + 2))
-    bar = tqdm(total=videos + 4, disable=not progress, desc="demo", unit="job", leave=False)
+    bar = tqdm(total=videos + 4, disable=None if progress else True, desc="demo", unit="job", leave=False)
 
     def tick(what: str) -> None:
         bar.set_description(what)

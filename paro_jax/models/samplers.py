@@ -15,8 +15,8 @@ the latents, the plan's bucket chosen by step:
 
         return ddim(guided(predict, 6.0), noise, steps=50)
 
-With `progress=True` the same steps run one by one from the host, under a progress bar: outside `jit`, around a
-`predict` that is compiled itself and may do more than predict, such as keeping what attention saw.
+With `progress=True` the same steps run one by one from the host, under a progress bar if stderr is a terminal: outside
+`jit`, around a `predict` that is compiled itself and may do more than predict, such as keeping what attention saw.
 """
 
 from __future__ import annotations
@@ -308,6 +308,35 @@ def cosine_guidance(scale: float, *, steps: int, power: float = 5.0, train_steps
     return lambda timestep: table[timestep.astype(jnp.int32)]
 
 
+def experts(high: Predict, low: Predict, *, boundary: float, train_steps: int = 1000) -> Predict:
+    """`predict` of a mixture of two experts, one for noise and one for detail: Wan 2.2 A14B (wan.A14B has its numbers).
+
+    `high` answers while timestep >= `boundary` * `train_steps`, `low` below, as the original; `boundary` is a noise
+    level in (0, 1). Each takes and gives what `predict` does, for a whole batch at one timestep. Inside `jit` only the
+    one that is asked computes. Give each its own net, its own plan and its own guidance around it:
+
+        predict = experts(guided(by(net, plan), 4.0), guided(by(net_2, plan_2), 3.0), boundary=0.875)
+
+    Raises ValueError for a boundary that leaves one of them nothing to do.
+    """
+    if not 0 < boundary < 1:
+        raise ValueError(
+            f"boundary: expected a noise level between 0 and 1, such as 0.875, found {boundary}; timesteps count to "
+            f"{train_steps}."
+        )
+
+    def predict(x: Array, timestep: Array, step: Array) -> Array:
+        def by(expert: Predict) -> Callable[[], Array]:
+            return lambda: expert(x, timestep, step).astype(jnp.float32)
+
+        is_high = timestep[0] >= boundary * train_steps
+        if isinstance(is_high, Tracer):
+            return jax.lax.cond(is_high, by(high), by(low))
+        return by(high if is_high else low)()
+
+    return predict
+
+
 # --- what all samplers share ----------------------------------------------------------------------------------------
 
 
@@ -335,6 +364,6 @@ def _run(step: Callable[[Any, Array], Any], state: Any, steps: int, progress: bo
             "progress: expected False inside jit, found True; the bar needs every step on the host: compile `predict` "
             "instead of the whole sampler, or leave it off."
         )
-    for index in tqdm(range(steps), desc="sample", unit="step"):
+    for index in tqdm(range(steps), desc="sample", unit="step", disable=None):  # None: only where a person looks
         state = jax.block_until_ready(step(state, jnp.asarray(index, jnp.int32)))
     return state
