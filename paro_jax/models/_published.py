@@ -14,7 +14,7 @@ from flax import nnx
 
 from paro_jax.models import cogvideox, flux, wan
 from paro_jax.models._mapping import Names
-from paro_jax.models._safetensors import WeightsError
+from paro_jax.models._safetensors import WeightsError, check_dtype
 
 Config = flux.FluxConfig | cogvideox.CogVideoXConfig | wan.WanConfig
 Model = flux.Flux | cogvideox.CogVideoX | wan.Wan
@@ -59,7 +59,11 @@ def names(config: Config, keys: Iterable[str]) -> Names:
 
 
 def dtypes(config: Config, dtype: Any) -> Callable[[str], Any]:
-    """Name of a parameter -> `dtype`, or float32 where the original computes in nothing less. None stays None."""
+    """Name of a parameter -> `dtype`, or float32 where the original computes in nothing less. None stays None.
+
+    WeightsError for a dtype that weights cannot be cast to.
+    """
+    check_dtype(dtype)
     float32 = wan.FLOAT32 if isinstance(config, wan.WanConfig) else ()
 
     def dtype_of(name: str) -> Any:
