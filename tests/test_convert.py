@@ -57,7 +57,8 @@ def test_round_trip(source, converted):
 def test_what_lies_there_is_orbax_and_needs_none(converted, monkeypatch):
     """Orbax reads the folder as any other of its own; we read the same numbers from its files, without it."""
     plain = leaves(load_checkpoint(converted))
-    found = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(converted / "params")
+    how = ocp.args.PyTreeRestore(restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in plain})
+    found = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(converted / "params", args=how)
     assert found.keys() == plain.keys()
     jax.tree.map(np.testing.assert_array_equal, found, plain)
     # As it is where arrays were saved in shards: orbax restores.

