@@ -95,7 +95,7 @@ def test_what_the_command_says(capsys, source, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
-def test_bars_for_reading_and_writing(capsys, source, tmp_path, monkeypatch):
+def test_bars_for_reading_and_writing(capsys, caplog, source, tmp_path, monkeypatch):
     """Orbax tells nothing while it writes, so its bar counts the bytes that have come to lie on the disk."""
     assert paro(capsys, "convert", source, tmp_path / "a")[2].count("\r") == 0  # nobody looks
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
@@ -105,6 +105,7 @@ def test_bars_for_reading_and_writing(capsys, source, tmp_path, monkeypatch):
     assert "load: 100%" in capsys.readouterr().err
     load_checkpoint(tmp_path / "b")
     assert not capsys.readouterr().err
+    assert not [record for record in caplog.records if record.levelname == "WARNING"], caplog.text
 
 
 MISTAKES = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import threading
@@ -61,7 +62,7 @@ def save_checkpoint(model: Model, path: str | os.PathLike, *, force: bool = Fals
     new = _files.beside(path)
     try:
         new.mkdir()
-        with _watched(new, sum(x.nbytes for x in _params(model).values()), progress):
+        with _watched(new, sum(x.nbytes for x in _params(model).values()), progress), _quiet():
             _files.save_arrays(new / "params", _params(model), **_PACKING)
         header |= {
             "config": dataclasses.asdict(config),
@@ -256,6 +257,21 @@ def _params(model: nnx.Module) -> dict[str, jax.Array]:
 def _sizes(path: Path) -> dict[str, int]:
     """Bytes of every file in `params/`, by its path from the checkpoint's folder."""
     return {p.relative_to(path).as_posix(): p.stat().st_size for p in sorted(path.glob("params/**/*")) if p.is_file()}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without orbax's warning that it finds no OCDBT to merge, which was asked for."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return "Skipping merge of OCDBT" not in record.getMessage()
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_news)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_news)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,6 @@ from paro_jax.models._safetensors import Tensor
 
 # Rows of theirs in a band. Ours are written in runs of that many elements, and a band still fits a cache.
 _ROWS = 512
-_TILE = 256  # columns of theirs that are transposed at a time
 _BYTES = 1 << 22  # in a band of what is not transposed
 _ROW_PARALLEL = ("to_out", "mlp_out")  # their input is what the layer before has sharded
 
@@ -102,7 +101,7 @@ def _parameter(
         else:
             rows = _rows(tensor, source, first, last, dtype, local)
             for bounds, part in parts.items():
-                _copy(rows, source, layer, at, bounds, part, local)
+                _copy(rows, source, layer, at, bounds, part)
         return (last - first) * nbytes
 
     for nbytes in pool.map(band, _bands(source, tensors)):
@@ -144,7 +143,7 @@ def _rows(tensor: Tensor, source: Source, first: int, last: int, dtype: np.dtype
     return local.rows if tensor.dtype == dtype else local.rows.astype(dtype)
 
 
-def _copy(rows: np.ndarray, source: Source, layer: int, at: int, bounds: Bounds, part: np.ndarray, local: Any) -> None:
+def _copy(rows: np.ndarray, source: Source, layer: int, at: int, bounds: Bounds, part: np.ndarray) -> None:
     """What a shard (`bounds` of ours) has of a band of rows that goes `at` some place of ours."""
     if source.stacked:
         (start, stop), bounds = bounds[0], bounds[1:]
@@ -163,30 +162,8 @@ def _copy(rows: np.ndarray, source: Source, layer: int, at: int, bounds: Bounds,
         rows = rows.reshape(len(rows), *source.piece[1:])
     (start, stop), *rest = bounds
     first, last = max(at, start), min(at + len(rows), stop)
-    if first >= last:
-        return
-    rows = rows[(slice(first - at, last - at), *(slice(a, b) for a, b in rest))]
-    part = part[first - start : last - start]
-    if source.is_kernel:
-        _transpose(rows.T, part.T, local)
-    else:
-        part[...] = rows
-
-
-def _transpose(columns: np.ndarray, ours: np.ndarray, local: Any) -> None:
-    """ours[...] = columns, both `[in, rows]`, where the rows of `columns` are scattered and those of `ours` in one run.
-
-    By way of a tile that a cache holds: there single numbers are put in order, and go to fresh memory in whole runs,
-    which is nearly twice as fast as number by number.
-    """
-    tile = getattr(local, "tile", None)
-    if tile is None or tile.dtype != ours.dtype:
-        tile = local.tile = _aligned((_TILE, _ROWS), ours.dtype)
-    tile = tile[:, : ours.shape[1]]
-    for first in range(0, len(ours), _TILE):
-        part = tile[: len(ours) - first]
-        part[...] = columns[first : first + _TILE]
-        ours[first : first + _TILE] = part
+    if first < last:
+        part[first - start : last - start] = rows[(slice(first - at, last - at), *(slice(a, b) for a, b in rest))]
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

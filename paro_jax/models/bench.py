@@ -139,7 +139,7 @@ def _plain(file: Path) -> np.ndarray:
     return memory
 
 
-def _load(name: str, place: str, config: cogvideox.CogVideoXConfig) -> nnx.Module:
+def _load(name: str, place: str, config: cogvideox.CogVideoXConfig) -> weights.Model:
     where = _converted(place) if name == "converted" else _file(place)
     model = weights.from_pretrained(where, model=config)
     jax.block_until_ready(jax.tree.leaves(nnx.state(model, nnx.Param)))
