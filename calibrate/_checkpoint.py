@@ -72,7 +72,7 @@ class Checkpoint:
     """Saves a `State` to a file now and then, atomically. Without a path it does nothing."""
 
     def __init__(self, path: str | os.PathLike | None, task: Task):
-        self.path = None if path is None else Path(path).expanduser()
+        self.path = None if path is None else _files.expanded(path, "a checkpoint")
         # Through JSON, so that tuples compare as the file has them.
         self.settings = json.loads(json.dumps(asdict(task) | {"objective": repr(task.objective)}))
         self.saved = self.cost = float("-inf")

@@ -68,7 +68,7 @@ def make_plan(
     Raises:
       ValueError: an argument of these, or a sample, is not as said here; the message names it.
     """
-    task = _check(grid, [density], block, objective, orders, quant, bucket_edges, rule)
+    task = check_settings(grid, [density], block, objective, orders, quant, bucket_edges, rule)
     return _calibrate(samples, task, heldout, progress, checkpoint, False)[0]
 
 
@@ -98,7 +98,7 @@ def make_plans(
     given = None if isinstance(densities, str) else _as_tuple(densities)
     if not given:
         raise ValueError(f"densities must be a sequence of at least one density, e.g. (0.5, 0.3); got {densities!r}.")
-    task = _check(grid, given, block, objective, orders, quant, bucket_edges, rule)
+    task = check_settings(grid, given, block, objective, orders, quant, bucket_edges, rule)
     return _calibrate(samples, task, heldout, progress, checkpoint, keep_checkpoint)
 
 
@@ -153,8 +153,8 @@ def _as_tuple(x: Any) -> tuple | None:
     return tuple(x) if isinstance(x, Iterable) else None
 
 
-def _check(grid, densities, block, objective, orders, quant, bucket_edges, rule) -> Task:
-    """The arguments, validated."""
+def check_settings(grid, densities, block, objective, orders, quant, bucket_edges, rule="global") -> Task:
+    """The arguments of `make_plans`, validated: known to be right before a model has run to make its samples."""
     for name, value, kind in (("grid", grid, TokenGrid), ("quant", quant, QuantSpec)):
         if not isinstance(value, kind):
             raise ValueError(f"{name} must be a {kind.__name__}; got {value!r}.")

@@ -77,7 +77,7 @@ class Report:
 
     def save(self, directory: str | os.PathLike) -> list[Path]:
         """Write report.json, orders.png, density.png and blocks.png to `directory` (made if missing); their paths."""
-        directory = Path(directory).expanduser()
+        directory = _files.expanded(directory, "a report's folder")
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "report.json"
         with _files.replacing(path) as new:

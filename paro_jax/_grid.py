@@ -93,6 +93,11 @@ class TokenGrid:
         return self.grid_tokens + self.text
 
     @property
+    def place(self) -> tuple[tuple[int, ...], int, str]:
+        """(shape, text, text_position): grids with the same place hold the same tokens, whatever bricks they have."""
+        return self.shape, self.text, self.text_position if self.text else "first"
+
+    @property
     def orders(self) -> tuple[str, ...]:
         """Names of the orders, model order first, then the other axis orders, then the brick orders."""
         return _AXIS_ORDERS[len(self.shape)] + tuple("brick" + "x".join(map(str, brick)) for brick in self.bricks)

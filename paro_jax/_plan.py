@@ -240,6 +240,25 @@ def _bucket_starts(edges: tuple[float, ...], total_steps: int) -> list[int]:
     return [-((-total_steps * f.numerator) // f.denominator) for f in _fractions(edges)[1:-1]]
 
 
+def check_fits(plan: Any, *, sites: int, heads: int | None = None, grid: TokenGrid | None = None) -> None:
+    """ValueError unless `plan` has one leading axis (sites,), and the heads and the tokens of the model if given.
+
+    A plan of another grid with as many tokens would run, and move every token to a wrong place.
+    """
+    if not isinstance(plan, AttentionPlan):
+        raise ValueError(f"plan: expected an AttentionPlan, found {type(plan).__name__}; load_plan(path) reads one.")
+    if plan.lead != (sites,):
+        buckets = "; of several buckets take plan.at_step(step, steps)" if len(plan.lead) == 2 else ""
+        raise ValueError(f"plan: expected leading axes ({sites},), one of each layer, found {plan.lead}{buckets}.")
+    if heads is not None and plan.heads != heads:
+        raise ValueError(f"plan: expected {heads} heads as the model has, found {plan.heads}.")
+    if grid is not None and plan.grid.place != grid.place:
+        raise ValueError(
+            f"plan: expected one for (shape, text, text_position) {grid.place} of these inputs, found "
+            f"{plan.grid.place}; calibrate for this resolution and length of text."
+        )
+
+
 def _check_type(name: str, value: object, kind: type) -> None:
     if not isinstance(value, kind):
         raise ValueError(f"{name} must be a {kind.__name__}; got {value!r}.")

@@ -92,13 +92,11 @@ def load_plan(path: str | os.PathLike, *, model: str | None = None, grid: TokenG
     if model is not None and header["model"] != model:
         found = repr(header["model"]) if header["model"] else "no model name"
         raise PlanError(f"model: expected a plan for {model!r}, found {found} in {path}. Calibrate for this model.")
-    if grid is not None:
-        expected, found = ((g.shape, g.text, g.text_position) for g in (grid, plan.grid))
-        if expected != found:
-            raise PlanError(
-                f"grid: expected a plan for (shape, text, text_position) {expected}, found {found} in {path}. "
-                "Calibrate for this resolution."
-            )
+    if grid is not None and grid.place != plan.grid.place:
+        raise PlanError(
+            f"grid: expected a plan for (shape, text, text_position) {grid.place}, found {plan.grid.place} in {path}. "
+            "Calibrate for this resolution."
+        )
     return plan
 
 
@@ -243,17 +241,7 @@ def _check(header: dict[str, Any], arrays: Arrays, path: Any) -> AttentionPlan:
 
 
 def _path(path: Any) -> Path:
-    """`path` with "~" expanded, or PlanError for what is no path."""
-    try:
-        given = os.fspath(path)
-        if not isinstance(given, str) or not given or "\0" in given:
-            raise TypeError
-    except TypeError:
-        raise PlanError(f"path must be the path of a plan, a string or a pathlib.Path; got {path!r}.") from None
-    try:
-        return Path(given).expanduser()
-    except RuntimeError as error:  # a user who is not there
-        raise PlanError(f"path {given}: expected a home folder for its '~', found none ({error}).") from None
+    return _files.expanded(path, "a plan", PlanError)
 
 
 def _target(path: Any) -> tuple[Path, bool]:
@@ -320,8 +308,7 @@ def _save_directory(header: dict[str, Any], arrays: Arrays, path: Path) -> None:
     new = _files.beside(path)
     try:
         new.mkdir()
-        with _orbax() as checkpointer:
-            checkpointer.save(new.absolute() / "arrays", arrays)
+        _files.save_arrays(new / "arrays", arrays)
         sums = {name: _sha256((new / name).read_bytes()) for name in _files_of(new)}
         _write(new / "plan.json", _signed(_dumps(header | {"files": sums}).encode()))
         _swap_in(new, path)
@@ -400,17 +387,11 @@ def _read_directory(path: Path) -> tuple[dict[str, Any], Arrays]:
             )
     restore = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
     try:
-        with _orbax() as checkpointer:
+        with _files.orbax() as checkpointer:
             arrays = checkpointer.restore(path.absolute() / "arrays", args=ocp.args.PyTreeRestore(restore_args=restore))
     except (ValueError, KeyError, TypeError) as error:
         raise PlanError(f"{path}: expected the arrays {names}, found {error}. Calibrate again.") from error
     return header, {name: np.asarray(x) for name, x in arrays.items()}
-
-
-def _orbax() -> Any:
-    import orbax.checkpoint as ocp
-
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
 
 def _require_header(header: Any, path: Path) -> dict[str, Any]:

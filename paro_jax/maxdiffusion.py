@@ -28,7 +28,7 @@ import jax
 from flax import nnx
 
 import paro_jax
-from paro_jax._plan import AttentionPlan
+from paro_jax._plan import AttentionPlan, check_fits
 from paro_jax.flax import PAROTable
 
 _TABLE = "maxdiffusion.models.attention_flax"
@@ -120,7 +120,7 @@ def put_in_wan(model: Any, plan: AttentionPlan) -> None:
     if op is None:
         raise ValueError(f"model: expected a WanModel with blocks.attn1.attention_op, found {type(model).__name__}.")
     layers = len(unrolled) or len(jax.tree.leaves(nnx.state(one, nnx.Param))[0])
-    _check(plan, layers, op.heads)
+    check_fits(plan, sites=layers, heads=op.heads)
     for i, block in enumerate(unrolled or [one]):
         mine = plan[i] if unrolled else plan
         block.attn1.attention_op = PlannedAttention(mine, heads=op.heads, scale=op.scale)
@@ -135,7 +135,7 @@ def put_in_flux(params: Mapping[str, Any], plan: AttentionPlan) -> tuple[dict[st
     """
     groups = [_at(params, path) for path in _FLUX_ATTENTION]
     counts = [len(jax.tree.leaves(group)[0]) for group in groups]
-    _check(plan, sum(counts))
+    check_fits(plan, sites=sum(counts))
     leaves, tree = jax.tree.flatten(plan)
     for path, start, count in zip(_FLUX_ATTENTION, (0, counts[0]), counts, strict=True):
         mine = {f"paro_{i}": leaf[start : start + count] for i, leaf in enumerate(leaves)}
@@ -172,13 +172,3 @@ def _with(params: Mapping[str, Any], path: tuple[str, ...], more: Mapping[str, A
     if not path:
         return {**params, **more}
     return {**params, path[0]: _with(params[path[0]], path[1:], more)}
-
-
-def _check(plan: Any, layers: int, heads: int | None = None) -> None:
-    if not isinstance(plan, AttentionPlan):
-        raise ValueError(f"plan: expected an AttentionPlan, found {type(plan).__name__}; load_plan(path) reads one.")
-    if plan.lead != (layers,):
-        buckets = "; of several buckets take plan.at_step(step, steps)" if len(plan.lead) == 2 else ""
-        raise ValueError(f"plan: expected leading axes ({layers},), one of each layer, found {plan.lead}{buckets}.")
-    if heads is not None and plan.heads != heads:
-        raise ValueError(f"plan: expected {heads} heads as the model has, found {plan.heads}.")

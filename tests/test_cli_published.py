@@ -14,6 +14,8 @@ from tiny_models import TINY
 import calibrate
 import paro_jax
 from calibrate import _score
+from paro_jax.__main__ import parser
+from paro_jax._cli import _calibrate
 from paro_jax.models import weights
 
 SIZE = {
@@ -113,7 +115,23 @@ MISTAKES = {
     "odd frames": ("wan", {}, ["--frames", "10"], "--frames: expected 4 k + 1, such as 9 or 13; found 10"),
     "frames of an image": ("flux", {}, ["--frames", "9"], "--frames belongs to video models"),
     "shift of CogVideoX": ("cogvideox", {}, ["--shift", "3"], "--shift belongs to FLUX.1 and Wan"),
-    "no shift": ("wan", {}, ["--shift", "0"], "--shift: expected a number above 0"),
+    "no shift": ("wan", {}, ["--shift", "0"], "shift: expected a number above 0"),
+    "endless shift": ("flux", {}, ["--shift", "inf"], "shift: expected a number above 0, such as 3, found inf"),
+    "a bucket without a step": (
+        "wan",
+        {},
+        ["--at", "0", "--buckets", "3"],
+        "in each of 3 buckets, found none in bucket 1",
+    ),
+    "guidance from nothing": (
+        "wan",
+        {"negative_prompt_embeds": None, "guidance": (1,)},
+        [],
+        "guidance needs negative_prompt_embeds",
+    ),
+    # Known before the model has run, which may take an hour.
+    "an order that is none": ("wan", {}, ["--orders", "XYZ"], "XYZ"),
+    "too low a density": ("flux", {}, ["--density", "0.01"], "density must be at least"),
     "step beyond": ("wan", {}, ["--at", "3"], "--at: expected steps from 0 to 2, found 3"),
     "more buckets than steps": ("wan", {}, ["--buckets", "4"], "--buckets: expected at most one for each of 3 steps"),
     "more prompts": ("wan", {}, ["--prompts", "3"], "--prompts: expected at most 2"),
@@ -132,7 +150,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line(capsys, tmp_path, models, mistake):
+def test_a_mistake_is_one_line(capsys, tmp_path, models, mistake, monkeypatch):
     name, changed, more, says = MISTAKES[mistake]
     tensors = load_file(models[name][1])
     for key, shape in changed.items():
@@ -141,6 +159,7 @@ def test_a_mistake_is_one_line(capsys, tmp_path, models, mistake):
             tensors[key] = np.zeros(shape, np.float32)
     save_file(tensors, tmp_path / "e.safetensors")
     argv = command(models, name, tmp_path / "plan", "--steps", 3, embeddings=tmp_path / "e.safetensors")
+    monkeypatch.setattr("paro_jax._cli._published._watch", lambda *_: pytest.fail("the model ran"))
     for option, value in zip(more[::2], more[1::2], strict=True):
         value = value.format(tmp=tmp_path)
         if option in argv:
@@ -163,6 +182,18 @@ def test_a_file_cut_short_and_numbers_that_are_not(capsys, tmp_path, models):
     save_file(tensors, path)
     status, _, err = paro(capsys, *command(models, "wan", tmp_path / "plan", embeddings=path))
     assert status == 2 and "prompt_embeds holds NaN or infinity" in err
+
+
+def test_where_plans_go(tmp_path, monkeypatch):
+    """One for each density: the suffix stays last, a folder's name with a dot is whole, and "~" is the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    expected = {
+        "~/p.safetensors": ["p-0.5.safetensors", "p-0.25.safetensors"],
+        "~/flux.1": ["flux.1-0.5", "flux.1-0.25"],
+    }
+    for out, names in expected.items():
+        args = parser().parse_args(["calibrate", "--model", "demo", "--density", "0.5", "0.25", f"--out={out}"])
+        assert _calibrate._outputs(args)[0] == [tmp_path / name for name in names]
 
 
 def test_weights_and_embeddings_go_together(capsys, tmp_path):

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from paro_jax.models import cogvideox, flux, wan
 from paro_jax.models._published import config_from_diffusers
-from paro_jax.models.weights import PRESETS, WeightsError, from_pretrained
+from paro_jax.models.weights import PRESETS, WeightsError, from_pretrained, load, save
 
 COG = dict(_class_name="CogVideoXTransformer3DModel", num_attention_heads=2, attention_head_dim=32, in_channels=4)
 COG |= dict(out_channels=4, time_embed_dim=16, text_embed_dim=24, num_layers=2, sample_width=12, sample_height=8)
@@ -152,6 +152,19 @@ def test_dtypes(tmp_path):
     np.testing.assert_array_equal(stored.blocks.table[1], half["blocks.1.scale_shift_table"][0])
 
 
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.int32, bool, jnp.float8_e4m3fn, jnp.float64, "bf16", object], ids=str)
+def test_a_dtype_that_weights_do_not_have(cog, tmp_path, dtype):
+    """Whole numbers would round them all to nothing, without a word."""
+    for call in (
+        lambda: from_pretrained(cog, dtype=dtype),
+        lambda: load(lambda: None, cog, dtype),  # type: ignore[arg-type,return-value]
+        lambda: save(nnx.Linear(1, 1, rngs=nnx.Rngs(0)), tmp_path / "x.safetensors", dtype),
+    ):
+        with pytest.raises(WeightsError, match="dtype: expected float32, bfloat16, float16 or None, found"):
+            call()
+    assert not (tmp_path / "x.safetensors").exists()
+
+
 @pytest.mark.parametrize("rows", [1, 3, 512])
 def test_bands_of_any_height_give_the_same_bits(tmp_path, monkeypatch, rows):
     weights, _, _ = parity.read("flux_dev_bfl")
@@ -265,6 +278,7 @@ def test_another_model_than_the_one_asked_for(cog):
     message = fails(cog, model="flux-dev")
     assert "expected FluxTransformer2DModel" in message and "found 'CogVideoXTransformer3DModel'" in message
     assert "model: expected one of flux-dev" in fails(cog, model="flux-medium")
+    assert "or a config of one; found <class" in fails(cog, model=cogvideox.CogVideoX)
     # The right class and the wrong size: the keys tell.
     assert "missing transformer_blocks.2.norm1.linear.weight" in fails(
         cog, model=dataclasses.replace(cogvideox.COGVIDEOX_5B, num_layers=3)
@@ -328,12 +342,12 @@ BAD_FILES = {
     ),
     "broken config.json": (lambda f: (f / "config.json").write_text('{"_class_name": "Fl'), "config.json is not JSON"),
     "config.json of a list": (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object, found list"),
-    "no config.json": (lambda f: (f / "config.json").unlink(), "no such file; say what the weights are of: model="),
+    "no config.json": (lambda f: (f / "config.json").unlink(), "no such file; name the folder that has the weights"),
     "only pickles": (
         lambda f: [rename(p, f"{i}.bin") for i, p in enumerate(f.glob("*safetensors*"))], "only pickles such as 0.bin"
     ),
     "empty": (lambda f: [p.unlink() for p in f.glob("*safetensors*")] and [(f / "config.json").rename(f / "c.json")],
-              "no such file; say what"),
+              "or say with model= what they are of: flux-dev"),
 }  # fmt: skip
 
 
@@ -354,6 +368,19 @@ def test_files_that_are_no_weights(tmp_path):
     assert "a download that has not finished" in fails(tmp_path / "x.incomplete", model="flux-dev")
     (tmp_path / "model_index.json").write_text("{}")
     assert "a pipeline without its transformer/" in fails(tmp_path)
+
+
+def test_the_home_folder(cog, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert from_pretrained("~/pipeline").config.num_layers == 2
+    linear = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+    save(linear, "~/x.safetensors")
+    load(lambda: nnx.Linear(1, 1, rngs=nnx.Rngs(1)), "~/x.safetensors")
+    for path in ("~no_such_user_here/x", "", None):
+        with pytest.raises(WeightsError, match="path"):
+            from_pretrained(path)  # type: ignore[arg-type]
+    with pytest.raises(WeightsError, match="none/x.safetensors could not be written"):
+        save(linear, tmp_path / "none" / "x.safetensors")
 
 
 def test_a_file_that_may_not_be_read(cog, monkeypatch):

@@ -152,6 +152,32 @@ def test_progress_changes_nothing_but_the_place(run, capsys):
         jax.jit(lambda golden: run(golden, steps=7, shift=3.0, progress=True))(golden)
 
 
+@pytest.mark.parametrize("progress", [False, True])
+@pytest.mark.parametrize("run", [run_ddim, run_dpm, run_euler, run_unipc])
+def test_an_answer_of_another_shape_is_refused(run, progress, monkeypatch):
+    """One row for two would broadcast: both latents would become one picture."""
+    monkeypatch.setitem(globals(), "tanh_flow", lambda x, timestep, step: x[:1])
+    if run is run_dpm:
+        run = functools.partial(run, predict=tanh_flow)
+    golden = golden_runs("dpm")
+    golden["noise"] = jnp.concatenate([golden["noise"]] * 2)
+    golden["fresh"] = jnp.concatenate([golden["fresh"]] * 2, axis=1)
+    with pytest.raises(ValueError, match="predict: expected an answer of the latents' shape"):
+        run(golden, steps=2, shift=3.0, progress=progress)
+
+
+def test_progress_refuses_a_model_that_is_traced():
+    """The noise is not, so only the first answer tells."""
+    with pytest.raises(ValueError, match="progress: expected False inside jit, found True"):
+        jax.jit(lambda w: ddim(lambda x, t, step: w * x, jnp.ones((1, 2)), steps=3, progress=True))(2.0)
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_shift_that_is_none(shift):
+    with pytest.raises(ValueError, match="shift: expected a number above 0"):
+        FlowSchedule(shift)
+
+
 def test_with_progress_predict_runs_on_the_host():
     seen = []
 

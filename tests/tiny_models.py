@@ -107,6 +107,7 @@ def randomise(net: nnx.Module) -> nnx.Module:
     return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
 
 
+VIDEO = dict(num_layers=3, num_attention_heads=2, in_channels=4, out_channels=4)  # published: CogVideoX and Wan
 TINY = {
     "flux": Tiny(
         FLUX,
@@ -134,11 +135,8 @@ TINY = {
         cogvideox.diffusers_names(COGVIDEOX),
         dict(
             _class_name="CogVideoXTransformer3DModel",
-            num_layers=3,
-            num_attention_heads=2,
+            **VIDEO,
             attention_head_dim=32,
-            in_channels=4,
-            out_channels=4,
             time_embed_dim=16,
             text_embed_dim=24,
             max_text_seq_length=6,
@@ -157,11 +155,8 @@ TINY = {
         wan.diffusers_names(WAN),
         dict(
             _class_name="WanTransformer3DModel",
-            num_layers=3,
-            num_attention_heads=2,
+            **VIDEO,
             attention_head_dim=24,
-            in_channels=4,
-            out_channels=4,
             text_dim=24,
             freq_dim=32,
             ffn_dim=64,

@@ -35,7 +35,7 @@ def add(commands: Any) -> None:
         metavar="N",
         help="problems of the invisibility check (default 300)",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the rows as JSON")
+    parser.add_argument("--out", type=_show.path, metavar="FILE", help="also write the rows as JSON")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     parser.set_defaults(run=run)
 

@@ -2,6 +2,8 @@
 
 import argparse
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,7 +28,7 @@ def add(commands: Any) -> None:
         "--model", metavar="NAME", help="demo, flux, cogvideox, wan, or a preset such as flux-dev for a bare file"
     )
     source.add_argument(
-        "--samples", type=Path, metavar="FILE", help=".safetensors of site{S}/step{T}/q, k and v; needs --grid"
+        "--samples", type=_show.path, metavar="FILE", help=".safetensors of site{S}/step{T}/q, k and v; needs --grid"
     )
     parser.add_argument(
         "--density",
@@ -36,7 +38,9 @@ def add(commands: Any) -> None:
         metavar="D",
         help="kept blocks / all blocks, in (0, 1]",
     )
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="PLAN", help="a .safetensors file or a folder")
+    parser.add_argument(
+        "-o", "--out", type=_show.path, required=True, metavar="PLAN", help="a .safetensors file or a folder"
+    )
     parser.add_argument("--grid", type=_sizes, metavar="FxHxW", help="the grid of --samples, in tokens: 13x30x45")
     parser.add_argument("--text", type=_show.natural, metavar="T", help="text tokens of --samples (default 0)")
     parser.add_argument("--text-position", choices=["first", "last"], help="of --samples (default first)")
@@ -57,7 +61,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--weights", metavar="DIR", help="of a published model: as diffusers or `paro convert` saved it"
     )
-    parser.add_argument("--embeddings", type=Path, metavar="FILE", help=".safetensors of encoded prompts")
+    parser.add_argument("--embeddings", type=_show.path, metavar="FILE", help=".safetensors of encoded prompts")
     parser.add_argument(
         "--height", type=_show.positive, metavar="PX", help="pixels (default: as the model was trained)"
     )
@@ -73,8 +77,8 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--shift", type=float, metavar="S", help="of the noise schedule of FLUX.1 and Wan")
     parser.add_argument("--seed", type=_show.natural, metavar="N", help="of the noise (default 0)")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="also write the report, with pictures")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="resume from here if a run was stopped")
+    parser.add_argument("--report", type=_show.path, metavar="DIR", help="also write the report, with pictures")
+    parser.add_argument("--checkpoint", type=_show.path, metavar="FILE", help="resume from here if a run was stopped")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     parser.set_defaults(run=run)
 
@@ -93,10 +97,20 @@ _sizes.__name__ = "sizes such as 13x30x45"
 def run(args: argparse.Namespace) -> int:
     import calibrate
     import paro_jax
+    from calibrate._make_plan import check_settings
 
     _refuse_what_would_be_ignored(args)
     plans, reports = _outputs(args)
     edges = [i / args.buckets for i in range(args.buckets + 1)]
+    settings: dict[str, Any] = dict(
+        densities=args.density,
+        block=tuple(args.block),
+        objective=args.objective,
+        orders=args.orders,
+        quant=paro_jax.QuantSpec(qk=args.qk, pv=args.pv),
+        bucket_edges=edges,
+    )
+    check = partial(check_settings, **settings)  # called with the grid, before the model runs
     source = _captured(args) if args.model is None else None
     embeddings = None
     if args.model is not None and args.model != "demo":
@@ -111,26 +125,21 @@ def run(args: argparse.Namespace) -> int:
     if args.checkpoint is not None:
         _show.probe("--checkpoint", args.checkpoint)
     if embeddings is not None:
-        source = _published.samples(args, embeddings, edges)
-    samples, grid, model, provenance = source or _demo(args, edges)
+        source = _published.samples(args, embeddings, edges, check)
+    samples, grid, model, provenance = source or _demo(args, edges, check)
 
     made = calibrate.make_plans(
         samples,
         grid,
-        densities=args.density,
-        block=tuple(args.block),
-        objective=args.objective,
-        orders=args.orders,
-        quant=paro_jax.QuantSpec(qk=args.qk, pv=args.pv),
-        bucket_edges=edges,
+        **settings,
         progress=True,
         checkpoint=args.checkpoint,
         keep_checkpoint=True,
     )
     results = []
     for density, path, (plan, report) in zip(args.density, plans, made, strict=True):
-        settings = {"density": density, "objective": args.objective, **provenance}
-        paro_jax.save_plan(plan, path, model=model, provenance=settings)
+        about = {"density": density, "objective": args.objective, **provenance}
+        paro_jax.save_plan(plan, path, model=model, provenance=about)
         results.append((plan, report, path))
     for path, (_, report) in zip(reports, made, strict=False):
         report.save(path)
@@ -190,11 +199,12 @@ def _outputs(args: argparse.Namespace) -> tuple[list[Path], list[Path]]:
         """For several densities one path each: plan-0.3.safetensors for plan.safetensors."""
         if path is None or len(args.density) == 1:
             return [] if path is None else [path]
-        return [path.with_name(f"{path.stem}-{density:g}{path.suffix}") for density in args.density]
+        end = path.suffix if path.suffix.lower() == ".safetensors" else ""  # else a folder, such as flux.1-dev
+        return [path.with_name(f"{path.name.removesuffix(end)}-{density:g}{end}") for density in args.density]
 
     plans, reports = paths(args.out), paths(args.report)
     inputs = [("--samples", args.samples), ("--checkpoint", args.checkpoint), ("--embeddings", args.embeddings)]
-    inputs += [("--weights", args.weights and Path(args.weights))]
+    inputs += [("--weights", args.weights and _show.path(args.weights))]
     named = [("--out", path) for path in plans] + [("--report", path) for path in reports]
     named += [(option, path) for option, path in inputs if path is not None]
     real = [Path(os.path.realpath(path)) for _, path in named]
@@ -207,7 +217,7 @@ def _outputs(args: argparse.Namespace) -> tuple[list[Path], list[Path]]:
     return plans, reports
 
 
-def _demo(args: argparse.Namespace, edges: list[float]) -> tuple[Any, Any, str, dict]:
+def _demo(args: argparse.Namespace, edges: list[float], check: Callable) -> tuple[Any, Any, str, dict]:
     """Samples, grid, model name and provenance of the model that ships with paro_jax."""
     from dataclasses import replace
 
@@ -216,12 +226,13 @@ def _demo(args: argparse.Namespace, edges: list[float]) -> tuple[Any, Any, str, 
     from paro_jax.demo import data, model
     from paro_jax.demo import run as demo
 
+    grid = replace(model.CONFIG.grid, bricks=tuple(args.bricks))
+    check(grid)
     prompts = args.prompts or _PROMPTS
     generate = demo.Generator(demo.load_model(), demo.STEPS)
     at, samples = demo.capture_steps(demo.STEPS, edges), []
     for prompt in tqdm(range(prompts), desc="capture", unit="prompt", disable=None):
         samples += demo.capture(generate.net, generate(data.random_scene(demo.CALIBRATION_SEED + prompt)), at)
-    grid = replace(model.CONFIG.grid, bricks=tuple(args.bricks))
     return samples, grid, "demo", {"prompts": prompts, "steps": demo.STEPS}
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 from paro_jax._cli import _show
@@ -20,7 +19,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "source", metavar="SRC", help="a folder that diffusers saved, a safetensors file, or a name on the hub"
     )
-    parser.add_argument("destination", type=Path, metavar="DST", help="the folder to write; must not be there")
+    parser.add_argument("destination", type=_show.path, metavar="DST", help="the folder to write; must not be there")
     parser.add_argument(
         "--model", metavar="NAME", help="what SRC is of, if it has no config.json: flux-dev, wan2.1-14b"
     )

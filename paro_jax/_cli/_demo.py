@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--steps", type=_steps, metavar="N", help="denoising steps, at most 1000 (default: the model's)"
     )
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="(default out/demo)")
+    parser.add_argument("--out", type=_show.path, default=Path("out/demo"), metavar="DIR", help="(default out/demo)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
     parser.set_defaults(run=run)
 

@@ -19,13 +19,13 @@ def add(commands: Any) -> None:
         help="check a plan file and show what it holds",
         description="Check a plan file and show its header, its densities and orders, and one head's mask.",
     )
-    parser.add_argument("plan", type=Path, metavar="PLAN", help="a .safetensors file or an orbax folder")
+    parser.add_argument("plan", type=_show.path, metavar="PLAN", help="a .safetensors file or an orbax folder")
     parser.add_argument(
         "--bucket", type=int, default=0, metavar="G", help="bucket of the mask that is drawn (default 0)"
     )
     parser.add_argument("--site", type=int, default=0, metavar="S", help="site of the mask that is drawn (default 0)")
     parser.add_argument("--head", type=int, default=0, metavar="H", help="head of the mask that is drawn (default 0)")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="also write a picture: densities, orders, masks")
+    parser.add_argument("--png", type=_show.path, metavar="FILE", help="also write a picture: densities, orders, masks")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     parser.set_defaults(run=run)
 

@@ -36,6 +36,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 
 import calibrate
+from calibrate._capture import bucket_of
 from paro_jax import AttentionPlan, TokenGrid
 from paro_jax._cli._show import UserError
 from paro_jax.models import samplers
@@ -118,8 +119,6 @@ class Recipe:
 
 def recipe(config: Config, args: argparse.Namespace) -> Recipe:
     """What the command line and the configuration come to; UserError for a size the model cannot have."""
-    if args.shift is not None and not args.shift > 0:
-        raise UserError(f"--shift: expected a number above 0, such as 3; found {args.shift:g}")
     # Pixels for each latent row and column. The VAE of Wan 2.2 5B, known by its 48 channels, halves once more.
     stride = 16 if isinstance(config, WanConfig) and config.in_channels == 48 else 8
     if isinstance(config, FluxConfig):
@@ -175,10 +174,11 @@ def _latent(option: str, pixels: int | None, default: int, stride: int, patch: i
 
 
 def samples(
-    args: argparse.Namespace, embeddings: Embeddings, edges: Sequence[float]
+    args: argparse.Namespace, embeddings: Embeddings, edges: Sequence[float], check: Callable[[TokenGrid], Any]
 ) -> tuple[calibrate.LiveSamples, TokenGrid, str, dict]:
     """Loads the model, runs it once for each prompt, and gives samples, grid, model name and provenance.
 
+    `check` is given the grid before the model runs: it raises where the plan could not be made afterwards.
     The latents of the steps that calibration looks at are kept; their q, k and v are made when they are asked for.
     """
     from paro_jax.demo.run import capture_steps
@@ -198,10 +198,13 @@ def samples(
     at = sorted(set(args.at)) if args.at else capture_steps(steps, edges)
     if at[-1] >= steps:
         raise UserError(f"--at: expected steps from 0 to {steps - 1}, found {at[-1]}; --steps sets how many there are")
+    if bare := set(range(len(edges) - 1)) - {bucket_of(step / steps, edges) for step in at}:
+        raise UserError(f"--at: expected a step in each of {len(edges) - 1} buckets, found none in bucket {min(bare)}")
 
     text = 0 if isinstance(config, WanConfig) else embeddings.tensors["prompt_embeds"].shape[1]
     grid = TokenGrid(how.shape, text=text, bricks=tuple(args.bricks))
-    dense = AttentionPlan.dense(TokenGrid((grid.tokens,)), heads=config.num_heads)
+    check(grid)
+    dense = AttentionPlan.dense(grid, heads=config.num_heads)
     runs: list[tuple[float, Callable[[], Any]]] = []
     for prompt in range(embeddings.prompts):
         inputs, scale = _inputs(embeddings, prompt, config, how)
@@ -225,6 +228,8 @@ def _check_fits(embeddings: Embeddings, config: Config, how: Recipe, name: str) 
         for tensor in ("negative_prompt_embeds",) + (() if config.guided else ("guidance",)):
             if tensor in embeddings.tensors:
                 raise UserError(f"--embeddings: {tensor}: this FLUX.1 takes none; leave it out")
+    elif "guidance" in embeddings.tensors and "negative_prompt_embeds" not in embeddings.tensors:
+        raise UserError("--embeddings: guidance needs negative_prompt_embeds, what it leads away from; add them")
     elif pooled:
         raise UserError(f"--embeddings: pooled_prompt_embeds: {name} takes none; were the prompts encoded for FLUX.1?")
     for tensor, (axis, size) in wanted.items():

@@ -81,6 +81,11 @@ def note(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def path(text: str) -> Path:
+    """argparse type: a path; "~" is the home folder even where the shell leaves it, as in --out=~/plan."""
+    return _files.expanded(text, "a file or folder")
+
+
 def positive(text: str) -> int:
     """argparse type: an integer >= 1."""
     value = int(text)

@@ -23,11 +23,12 @@ from paro_jax.models._safetensors import WeightsError, read_json
 
 _KIND = "paro_jax.models"
 _SCHEMA = 1
+_PACKING = dict(use_compression=False)  # trained weights do not compress: it costs time and saves a fifth at best
 
 
 def is_one(path: Path) -> bool:
-    """Whether `save_checkpoint` wrote the folder `path`."""
-    return (path / "config.json").is_file() and (path / "params").is_dir()
+    """Whether `save_checkpoint` wrote the folder `path`, whole or not."""
+    return (path / "params").is_dir()
 
 
 def save_checkpoint(model: Model, path: str | os.PathLike, *, force: bool = False) -> None:
@@ -50,14 +51,14 @@ def save_checkpoint(model: Model, path: str | os.PathLike, *, force: bool = Fals
     new = _files.beside(path)
     try:
         new.mkdir()
-        with _orbax() as checkpointer:
-            checkpointer.save(new / "params", _params(model))
+        _files.save_arrays(new / "params", _params(model), **_PACKING)
         header |= {
             "config": dataclasses.asdict(config),
             "params": {name: x.shape for name, x in _params(model).items()},
             "files": _sizes(new),
         }
         (new / "config.json").write_text(json.dumps(header, indent=1) + "\n")
+        check_free(path, force=force)  # again: writing takes minutes, in which something else may have come there
         _put(new, path)
     except OSError as error:
         raise WeightsError(f"{path} could not be written ({error}); what was there is as it was.") from error
@@ -77,7 +78,7 @@ def load_checkpoint(
     """
     import orbax.checkpoint as ocp
 
-    path = Path(os.path.realpath(Path(path).expanduser()))
+    path = Path(os.path.realpath(_files.expanded(path, "a checkpoint", WeightsError)))
     header = _header(path)
     config = _config_for(header, path, config)
     graph, params, rest = nnx.split(nnx.eval_shape(lambda: _published.build(config)), nnx.Param, ...)
@@ -91,7 +92,7 @@ def load_checkpoint(
         sharding = alone if mesh is None else NamedSharding(mesh, _stream.partition(name, shape, mesh))
         how[name] = ocp.ArrayRestoreArgs(dtype=dtype_of(name), sharding=sharding, global_shape=shape, strict=True)
     try:
-        with _orbax() as checkpointer:
+        with _files.orbax(**_PACKING) as checkpointer:
             found = checkpointer.restore(path / "params", args=ocp.args.PyTreeRestore(restore_args=how))
     except (ValueError, KeyError, TypeError, OSError) as error:
         what = " ".join(str(error).split())[:300]
@@ -102,7 +103,7 @@ def load_checkpoint(
 
 def check_free(path: str | os.PathLike, *, force: bool = False) -> Path:
     """`path` made absolute, its links followed; WeightsError unless a checkpoint may be written there."""
-    place = Path(os.path.realpath(Path(path).expanduser()))
+    place = Path(os.path.realpath(_files.expanded(path, "a checkpoint", WeightsError)))
     if os.path.lexists(place):
         if not force:
             raise WeightsError(f"{place} is there already; choose another folder, or replace it with force (--force).")
@@ -125,10 +126,9 @@ def _put(new: Path, path: Path) -> None:
         os.rename(path, old)
     try:
         os.rename(new, path)
-    except OSError:
-        if old.exists():
+    finally:  # after Ctrl-C too
+        if old.exists() and not path.exists():
             os.rename(old, path)
-        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -189,10 +189,3 @@ def _params(model: nnx.Module) -> dict[str, jax.Array]:
 def _sizes(path: Path) -> dict[str, int]:
     """Bytes of every file in `params/`, by its path from the checkpoint's folder."""
     return {p.relative_to(path).as_posix(): p.stat().st_size for p in sorted(path.glob("params/**/*")) if p.is_file()}
-
-
-def _orbax() -> Any:
-    import orbax.checkpoint as ocp
-
-    # Trained weights do not compress: packing them costs time and saves a fifth at best.
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))

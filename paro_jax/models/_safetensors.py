@@ -38,6 +38,14 @@ _BITS |= {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # the format's own limit
 
 
+def check_dtype(dtype: Any) -> None:
+    """WeightsError unless parameters can be cast to `dtype`, or it is None. Integers would round them to nothing."""
+    with contextlib.suppress(TypeError):
+        if dtype is None or np.dtype(dtype) in [DTYPES[kind] for kind in ("F32", "BF16", "F16")]:
+            return
+    raise WeightsError(f"dtype: expected float32, bfloat16, float16 or None, found {dtype!r}; cast what you get.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Tensor:
     """Where the bytes of a tensor are; `dtype` is one of `DTYPES`."""
@@ -140,7 +148,7 @@ def _files_of(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     files = [name for name in names if name.endswith(".safetensors")]
     if len(files) == 1 and not indices:
         return [folder / files[0]], None
-    found = f"{len(files)} and {len(indices)} indices"
+    found = f"{len(files)} such files and {len(indices)} indices"
     pickles = [name for name in names if Path(name).suffix in (".bin", ".pt", ".pth", ".ckpt")]
     if not names:
         found = "an empty folder"

@@ -19,6 +19,7 @@ from jax import Array
 
 import paro_jax
 from paro_jax import AttentionPlan, Rope, TokenGrid
+from paro_jax._plan import check_fits
 from paro_jax.models._mapping import Rows
 from paro_jax.models.layers import (
     Dense,
@@ -26,6 +27,7 @@ from paro_jax.models.layers import (
     axis_rope,
     capture_blocks,
     check_latents,
+    check_shape,
     head_norm,
     head_weights,
     patchify,
@@ -122,7 +124,7 @@ def diffusers_names(config: CogVideoXConfig) -> dict[str, str | Rows]:
 
 
 def rope_3d(
-    grid: tuple[int, int, int],
+    grid: tuple[int, ...],
     head_dim: int,
     text: int,
     theta: float = 10000.0,
@@ -148,7 +150,7 @@ def rope_3d(
     return axis_rope(positions, dims, text=text, theta=theta, dtype=np.float32)
 
 
-def sincos_3d(grid: tuple[int, int, int], dim: int, scale: float) -> Array:
+def sincos_3d(grid: tuple[int, ...], dim: int, scale: float) -> Array:
     """Additive positions f32 `[F*H*W, dim]`: dim/4 for time, 3 dim/8 for width, 3 dim/8 for height; sines first."""
     frames, height, width = grid
 
@@ -272,12 +274,16 @@ class CogVideoX(nnx.Module):
     ) -> Array:
         """Predict.
 
-        latents `[B, F, C, H, W]`, timestep `[B]`, text `[B, T, E]` -> `[B, F, C_out, H, W]`. ValueError unless F, H, W
-        are multiples of the patch; `config.padded_frames` is such an F.
+        latents `[B, F, C, H, W]`, timestep `[B]`, text `[B, T, E]` -> `[B, F, C_out, H, W]`, at the dtype of latents
+        and weights. ValueError for inputs or a plan that do not fit: F, H, W are multiples of the patch, and
+        `config.padded_frames` is such an F.
         `plan`: leading axis (sites,) = layers. Without one attention is dense: `dense(q, k, v)`, for example
         `partial(paro_jax.attention, implementation="cudnn")`; by default `paro_jax.attention`. `remat` recomputes
         blocks in the backward pass.
         """
+        grid, config = self.grid_of(latents, timestep, text), self.config
+        if plan is not None:
+            check_fits(plan, sites=config.num_layers, heads=config.num_heads, grid=grid)
         x, context = self.enter(latents, timestep, text)
 
         def layer(x, block_and_plan):
@@ -285,13 +291,11 @@ class CogVideoX(nnx.Module):
             return block(x, *context, plan, dense), None
 
         x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (self.blocks, plan))
-        config, (f, p, _) = self.config, self.config.patch
-        batch, frames, _, height, width = latents.shape
-        x = self.norm_final(x)[:, text.shape[1] :]
+        x = self.norm_final(x)[:, grid.text :]
         shift, scale = jnp.split(self.modulation_out(jax.nn.silu(context[0])), 2, axis=-1)
         x = self.proj_out(self.norm_out(x) * (1 + scale[:, None]) + shift[:, None])
-        x = x.reshape(batch, frames // f, height // p, width // p, config.out_channels, f, p, p)
-        return x.transpose(0, 1, 5, 4, 2, 6, 3, 7).reshape(batch, frames, config.out_channels, height, width)
+        x = x.reshape(-1, *grid.shape, config.out_channels, *config.patch).transpose(0, 1, 5, 4, 2, 6, 3, 7)
+        return x.reshape(*latents.shape[:2], config.out_channels, *latents.shape[3:])
 
     def capture(self, latents: Array, timestep: Array, text: Array) -> Iterator[Heads]:
         """q, k, v `[B, N, heads, D]` of one layer after the other, normed and rotated, in model order, for `calibrate`.
@@ -301,21 +305,27 @@ class CogVideoX(nnx.Module):
         x, context = jax.jit(CogVideoX.enter)(self, latents, timestep, text)
         yield from capture_blocks(self.blocks, x, context, x.shape[1], self.config.num_heads)
 
+    def grid_of(self, latents: Array, timestep: Array, text: Array) -> TokenGrid:
+        """Where the tokens of these inputs sit; ValueError for inputs that do not fit the model."""
+        shape = check_latents(latents, "B F C H W", self.config.in_channels, self.config.patch)
+        rows = latents.shape[0]
+        check_shape("timestep", timestep, (rows,), (1,))
+        check_shape("text", text, (rows, "T", self.config.text_embed_dim))
+        return TokenGrid(shape, text=text.shape[1])
+
     def enter(self, latents: Array, timestep: Array, text: Array) -> tuple[Array, tuple]:
         """Tokens `[B, N, C]`, text first, and what every block wants: temb, is_text, rope."""
-        config, (f, p, _) = self.config, self.config.patch
-        check_latents(latents.shape, "B F C H W", config.in_channels, config.patch)
-        _, frames, _, height, width = latents.shape
-        grid = (frames // f, height // p, width // p)
+        config, p = self.config, self.config.patch_size
+        grid, text = self.grid_of(latents, timestep, text), text.astype(latents.dtype)
         time = timestep_embedding(timestep, config.dim).astype(latents.dtype)
         temb = self.time_out(jax.nn.silu(self.time_in(time)))
         x = self.patch(patchify(latents, config.patch))
-        tokens, rope = text.shape[1], None
+        rope = None
         if config.position == "sincos":
-            x = x + sincos_3d(grid, config.dim, config.sincos_scale).astype(x.dtype)[None]
+            x = x + sincos_3d(grid.shape, config.dim, config.sincos_scale).astype(x.dtype)[None]
         else:
             native = (config.height // p, config.width // p) if config.position == "rope" else None
-            rope = rope_3d(grid, config.head_dim, tokens, config.rope_theta, native)
+            rope = rope_3d(grid.shape, config.head_dim, grid.text, config.rope_theta, native)
         x = jnp.concatenate([self.text(text), x], axis=1)
-        is_text = (jnp.arange(x.shape[1]) < tokens)[None, :, None]
+        is_text = (jnp.arange(x.shape[1]) < grid.text)[None, :, None]
         return x, (temb, is_text, rope)

@@ -20,6 +20,7 @@ from jax import Array
 
 import paro_jax
 from paro_jax import AttentionPlan, Rope, TokenGrid
+from paro_jax._plan import check_fits
 from paro_jax.models._mapping import Rows
 from paro_jax.models.layers import (
     Dense,
@@ -27,6 +28,7 @@ from paro_jax.models.layers import (
     axis_rope,
     capture_blocks,
     check_latents,
+    check_shape,
     head_norm,
     head_weights,
     layer_norm,
@@ -142,7 +144,7 @@ def bfl_names(config: FluxConfig) -> dict[str, str | Rows]:
     }
 
 
-def rope_2d(grid: tuple[int, int], dims: tuple[int, int, int], text: int, theta: float = 10000.0) -> Rope:
+def rope_2d(grid: tuple[int, ...], dims: tuple[int, int, int], text: int, theta: float = 10000.0) -> Rope:
     """Rotation tables `[text + H*W, sum(dims) / 2]`; the first `dims[0]` channels, and text, do not rotate."""
     return axis_rope(
         [np.zeros(1), np.arange(grid[0]), np.arange(grid[1])], dims, text=text, theta=theta, dtype=np.float64
@@ -321,15 +323,18 @@ class Flux(nnx.Module):
         """Predict.
 
         latents `[B, C, H, W]`, timestep `[B]` from 0 to 1, text (T5) `[B, T, E]`, pooled (CLIP) `[B, P]`, guidance
-        `[B]` for a guided model and None for another -> `[B, C, H, W]`. ValueError for inputs that do not fit.
+        `[B]` for a guided model and None for another -> `[B, C, H, W]`, at the dtype of latents and weights. ValueError
+        for inputs or a plan that do not fit.
         `plan`: leading axis (sites,), double blocks, then single ones. Without one attention is dense:
         `dense(q, k, v)`, for example `partial(paro_jax.attention, implementation="cudnn")`; by default
         `paro_jax.attention`. `remat` recomputes blocks in the backward pass.
         """
         config, p = self.config, self.config.patch_size
+        grid = self.grid_of(latents, timestep, text, pooled, guidance)
         streams, context = self.enter(latents, timestep, text, pooled, guidance)
         first, last = plan, plan
         if plan is not None:
+            check_fits(plan, sites=config.sites, heads=config.num_heads, grid=grid)
             first, last = (
                 jax.tree.map(lambda a, s=s: a[s], plan)
                 for s in (slice(config.num_double), slice(config.num_double, None))
@@ -342,10 +347,9 @@ class Flux(nnx.Module):
         layer = jax.checkpoint(layer) if remat else layer
         streams, _ = jax.lax.scan(layer, streams, (self.double, first))
         x, _ = jax.lax.scan(layer, jnp.concatenate(streams, axis=1), (self.single, last))
-        batch, channels, height, width = latents.shape
         scale, shift = jnp.split(self.modulation_out(jax.nn.silu(context[0])), 2, axis=-1)
-        x = self.proj_out(modulate(x[:, text.shape[1] :], shift, scale))
-        x = x.reshape(batch, height // p, width // p, channels, p, p)
+        x = self.proj_out(modulate(x[:, grid.text :], shift, scale))
+        x = x.reshape(-1, *grid.shape, config.in_channels, p, p)
         return x.transpose(0, 3, 1, 4, 2, 5).reshape(latents.shape)
 
     def capture(
@@ -362,17 +366,28 @@ class Flux(nnx.Module):
         x = jnp.concatenate(streams, axis=1)
         yield from capture_blocks(self.single, x, context, tokens, self.config.num_heads)
 
+    def grid_of(self, latents: Array, timestep: Array, text: Array, pooled: Array, guidance: Array | None) -> TokenGrid:
+        """Where the tokens of these inputs sit; ValueError for inputs that do not fit the model."""
+        config, p = self.config, self.config.patch_size
+        shape, rows = check_latents(latents, "B C H W", config.in_channels, (1, p, p)), latents.shape[0]
+        check_shape("timestep", timestep, (rows,), (1,))
+        check_shape("text", text, (rows, "T", config.text_embed_dim))
+        check_shape("pooled", pooled, (rows, config.pooled_dim), (1, config.pooled_dim))
+        if (guidance is not None) != config.guided:
+            wanted = "an array [B], such as 3.5 for each image" if config.guided else "None, this model takes none"
+            raise ValueError(f"guidance: expected {wanted}; found {'None' if guidance is None else 'one'}.")
+        if guidance is not None:
+            check_shape("guidance", guidance, (rows,), (1,))
+        return TokenGrid(shape, text=text.shape[1])
+
     def enter(
         self, latents: Array, timestep: Array, text: Array, pooled: Array, guidance: Array | None
     ) -> tuple[tuple[Array, Array], tuple]:
         """Text tokens `[B, T, C]` and image tokens `[B, N - T, C]`, and what every block wants: temb, rope."""
         config, p = self.config, self.config.patch_size
-        check_latents(latents.shape, "B C H W", config.in_channels, (1, p, p))
-        if (guidance is not None) != config.guided:
-            wanted = "an array [B], such as 3.5 for each image" if config.guided else "None, this model takes none"
-            raise ValueError(f"guidance: expected {wanted}; found {'None' if guidance is None else guidance.shape}.")
-        grid = (latents.shape[2] // p, latents.shape[3] // p)
-        rope = rope_2d(grid, config.rope_dims, text.shape[1], config.rope_theta)
+        grid = self.grid_of(latents, timestep, text, pooled, guidance)
+        text, pooled = text.astype(latents.dtype), pooled.astype(latents.dtype)
+        rope = rope_2d(grid.shape, config.rope_dims, grid.text, config.rope_theta)
         temb = self.time(self._sinusoids(timestep, latents.dtype)) + self.pooled(pooled)
         if guidance is not None:
             temb = temb + self.guidance(self._sinusoids(guidance, latents.dtype))

@@ -96,18 +96,42 @@ def patchify(video: Array, patch: tuple[int, int, int]) -> Array:
     return x.transpose(0, 1, 4, 6, 3, 2, 5, 7).reshape(batch, -1, channels * f * h * w)
 
 
-def check_latents(shape: tuple[int, ...], axes: str, channels: int, patch: tuple[int, int, int]) -> None:
-    """ValueError unless latents, axes named as in "B F C H W", have the model's channels and whole patches."""
-    names = axes.split()
+def check_latents(latents: Any, axes: str, channels: int, patch: tuple[int, int, int]) -> tuple[int, ...]:
+    """The grid in tokens; ValueError unless latents are floats, with the model's channels and whole patches.
+
+    `axes` names those of the latents, as in "B F C H W"; the grid has those of F, H and W that are there.
+    """
+    names, shape = axes.split(), np.shape(latents)
     sizes = dict(zip(names, shape, strict=False))
-    whole = all(sizes.get(axis, 0) % size == 0 for axis, size in zip("FHW", patch, strict=True))
-    if len(shape) != len(names) or sizes["C"] != channels or not whole:
+    inside = {axis: size for axis, size in zip("FHW", patch, strict=True) if axis in names}
+    whole = all(sizes.get(axis, 0) % size == 0 for axis, size in inside.items())
+    if len(shape) != len(names) or sizes["C"] != channels or not whole or 0 in shape:
         wanted = ", ".join(str(channels) if name == "C" else name for name in names)
         frames = f"F a multiple of {patch[0]}, " if patch[0] > 1 else ""
         raise ValueError(
             f"latents: expected [{wanted}] with {frames}H and W multiples of {patch[1]}, found {shape}; check the "
             "latent channels and pad to whole patches."
         )
+    if not jnp.issubdtype(latents.dtype, jnp.floating):  # everything is computed at their dtype
+        raise ValueError(f"latents: expected floating point, found {latents.dtype}; cast them to bfloat16 or float32.")
+    return tuple(sizes[axis] // size for axis, size in inside.items())
+
+
+def check_shape(name: str, x: Any, *allowed: tuple[int | str, ...]) -> None:
+    """ValueError unless x has one of the shapes, where a letter stands for any size from 1."""
+    shape = np.shape(x)
+
+    def fits(sizes: tuple[int | str, ...]) -> bool:
+        pairs = zip(shape, sizes, strict=False)
+        return len(shape) == len(sizes) and all(n == m or (isinstance(m, str) and n != 0) for n, m in pairs)
+
+    if any(map(fits, allowed)):
+        return
+    wanted = " or ".join(f"[{', '.join(map(str, sizes))}]" for sizes in allowed)
+    raise ValueError(
+        f"{name}: expected {wanted} for these latents and this model, found {list(shape)}; give one row for each row "
+        "of the latents (`guided` asks with twice as many)."
+    )
 
 
 def capture_blocks(blocks: nnx.Module, x: Any, context: tuple, tokens: int, heads: int) -> Generator[Heads, None, Any]:

@@ -170,6 +170,10 @@ class FlowSchedule:
     shift: float = 1.0
     train_steps: int = 1000
 
+    def __post_init__(self):
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"shift: expected a number above 0, such as 3, found {self.shift}; 1 shifts nothing.")
+
     def sigmas(self, steps: int) -> np.ndarray:
         """f64 `[steps + 1]` from 1 to 0: even down to 1 / steps, shifted (arXiv 2403.03206, eq. 23), then 0."""
         return np.append(self._shifted(np.linspace(1.0, 1.0 / steps, steps)), 0.0)
@@ -318,7 +322,10 @@ def _check_steps(steps: int, most: int | None = None) -> None:
 
 
 def _ask(predict: Predict, x: Array, times: Array, index: Array) -> Array:
-    return predict(x, jnp.broadcast_to(times[index], x.shape[:1]), index).astype(jnp.float32)
+    answer = predict(x, jnp.broadcast_to(times[index], x.shape[:1]), index)
+    if answer.shape != x.shape:  # it would broadcast, or fail far from here
+        raise ValueError(f"predict: expected an answer of the latents' shape {x.shape}, found {answer.shape}.")
+    return answer.astype(jnp.float32)
 
 
 def _combine(weights: Array, *terms: Array) -> Array:
@@ -330,11 +337,17 @@ def _run(step: Callable[[Any, Array], Any], state: Any, steps: int, progress: bo
     if not progress:
         indices = jnp.arange(steps, dtype=jnp.int32)
         return jax.lax.scan(lambda state, index: (step(state, index), None), state, indices)[0]
+    _refuse_traced(state)
+    for index in tqdm(range(steps), desc="sample", unit="step"):
+        state = step(state, jnp.asarray(index, jnp.int32))
+        _refuse_traced(state)  # of a model that is traced, though its noise is not
+        jax.block_until_ready(state)
+    return state
+
+
+def _refuse_traced(state: Any) -> None:
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(state)):
         raise ValueError(
             "progress: expected False inside jit, found True; the bar needs every step on the host: compile `predict` "
             "instead of the whole sampler, or leave it off."
         )
-    for index in tqdm(range(steps), desc="sample", unit="step"):
-        state = jax.block_until_ready(step(state, jnp.asarray(index, jnp.int32)))
-    return state

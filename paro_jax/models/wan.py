@@ -19,12 +19,14 @@ from jax import Array
 
 import paro_jax
 from paro_jax import AttentionPlan, Rope, TokenGrid
+from paro_jax._plan import check_fits
 from paro_jax.models.layers import (
     Dense,
     Heads,
     axis_rope,
     capture_blocks,
     check_latents,
+    check_shape,
     head_weights,
     layer_norm,
     patchify,
@@ -240,11 +242,15 @@ class Wan(nnx.Module):
         """Predict.
 
         latents `[B, C, F, H, W]`, timestep `[B]` or one per token `[B, N]` (Wan 2.2 5B), text `[B, T, E]` ->
-        `[B, C_out, F, H, W]`. ValueError unless F, H, W are multiples of the patch.
+        `[B, C_out, F, H, W]`, at the dtype of latents and weights. ValueError for inputs or a plan that do not fit: F,
+        H, W are multiples of the patch.
         `plan`: leading axis (sites,) = layers. Without one self-attention is dense: `dense(q, k, v)`, for example
         `partial(paro_jax.attention, implementation="cudnn")`; by default `paro_jax.attention`. `remat` recomputes
         blocks in the backward pass.
         """
+        grid, config = self.grid_of(latents, timestep, text), self.config
+        if plan is not None:
+            check_fits(plan, sites=config.num_layers, heads=config.num_heads, grid=grid)
         x, context, temb = self.enter(latents, timestep, text)
 
         def layer(x, block_and_plan):
@@ -252,14 +258,11 @@ class Wan(nnx.Module):
             return block(x, *context, plan, dense), None
 
         x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (self.blocks, plan))
-        config = self.config
-        batch, _, *sizes = latents.shape
-        grid = (n // p for n, p in zip(sizes, config.patch, strict=True))
         table = self.table[...].astype(jnp.float32)[None, None] + temb.astype(jnp.float32)[:, :, None]
         x = self.proj_out((layer_norm(x) * (1 + table[:, :, 1]) + table[:, :, 0]).astype(x.dtype))
         # Pixels come out ordered (frame, row, column, channel), unlike those that go in.
-        x = x.reshape(batch, *grid, *config.patch, config.out_channels).transpose(0, 7, 1, 4, 2, 5, 3, 6)
-        return x.reshape(batch, config.out_channels, *sizes)
+        x = x.reshape(-1, *grid.shape, *config.patch, config.out_channels).transpose(0, 7, 1, 4, 2, 5, 3, 6)
+        return x.reshape(latents.shape[0], config.out_channels, *latents.shape[2:])
 
     def capture(self, latents: Array, timestep: Array, text: Array) -> Iterator[Heads]:
         """q, k, v `[B, N, heads, D]` of one self-attention after the other, normed and rotated, for `calibrate`.
@@ -269,12 +272,19 @@ class Wan(nnx.Module):
         x, context, _ = jax.jit(Wan.enter)(self, latents, timestep, text)
         yield from capture_blocks(self.blocks, x, context, x.shape[1], self.config.num_heads)
 
+    def grid_of(self, latents: Array, timestep: Array, text: Array) -> TokenGrid:
+        """Where the tokens of these inputs sit; ValueError for inputs that do not fit the model."""
+        shape = check_latents(latents, "B C F H W", self.config.in_channels, self.config.patch)
+        grid, rows = TokenGrid(shape), latents.shape[0]
+        check_shape("timestep", timestep, (rows,), (1,), (rows, grid.tokens))
+        check_shape("text", text, (rows, "T", self.config.text_embed_dim))
+        return grid
+
     def enter(self, latents: Array, timestep: Array, text: Array) -> tuple[Array, tuple, Array]:
         """Tokens `[B, N, C]`, what every block wants (text, modulation, rope), and temb `[B, 1 or N, C]`."""
         config = self.config
-        check_latents(latents.shape, "B C F H W", config.in_channels, config.patch)
-        grid = tuple(n // p for n, p in zip(latents.shape[2:], config.patch, strict=True))
-        rope = rope_3d(grid, config.head_dim, config.rope_theta)
+        grid, text = self.grid_of(latents, timestep, text), text.astype(latents.dtype)
+        rope = rope_3d(grid.shape, config.head_dim, config.rope_theta)
         x = self.patch(patchify(latents.swapaxes(1, 2), config.patch))
         # One timestep for all tokens or one for each: [B, 1 or N, ...] from here on.
         timestep = timestep if timestep.ndim == 2 else timestep[:, None]

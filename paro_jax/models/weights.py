@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from paro_jax import _files
@@ -23,7 +24,7 @@ from paro_jax.models import _checkpoint, _published, _stream
 from paro_jax.models._checkpoint import check_free, load_checkpoint, save_checkpoint
 from paro_jax.models._mapping import Names, Rows, sources
 from paro_jax.models._published import PRESETS, Config, Model
-from paro_jax.models._safetensors import Tensor, WeightsError, opened, read_json
+from paro_jax.models._safetensors import Tensor, WeightsError, check_dtype, opened, read_json
 from paro_jax.models._stream import partition
 
 __all__ = [
@@ -64,8 +65,8 @@ def from_pretrained(
         "Wan-AI/Wan2.2-T2V-A14B-Diffusers/transformer_2".
       model: None reads the `config.json` beside the weights. Else a name in `PRESETS`, such as "flux-dev", or a config:
         that then decides, for a file that has no `config.json` or for another resolution.
-      dtype: of the parameters. What the originals keep in float32 (Wan's time embedding, its tables and the norm before
-        cross-attention) is never narrower than that. None keeps the dtypes of the file.
+      dtype: of the parameters: float32, bfloat16 or float16. What the originals keep in float32 (Wan's time embedding,
+        its tables and the norm before cross-attention) is never narrower than that. None keeps the dtypes of the file.
       mesh: shards the parameters over it as `partition` says. None takes the mesh of `jax.set_mesh`, else one device.
       progress: a bar on stderr, if that is a terminal.
 
@@ -75,7 +76,7 @@ def from_pretrained(
         every key that is missing, unexpected, mis-shaped or mapped twice.
     """
     place = _locate(path)
-    wanted = _named(model) if isinstance(model, str) else model
+    wanted = _named(model)
     if _checkpoint.is_one(place):
         return load_checkpoint(place, config=wanted, dtype=dtype, mesh=mesh)
     config = _config(place, wanted)
@@ -100,7 +101,9 @@ def load[M: nnx.Module](
     file, as `cogvideox.diffusers_names(config)` gives; None for a file of `save`. `dtype`, `mesh` and what is raised:
     as `from_pretrained`.
     """
-    return _load(build, Path(path), lambda _: names, lambda _: dtype, mesh, progress=False)
+    place = _files.expanded(path, "weights", WeightsError)
+    check_dtype(dtype)
+    return _load(build, place, lambda _: names, lambda _: dtype, mesh, progress=False)
 
 
 def _load[M: nnx.Module](
@@ -120,19 +123,29 @@ def _load[M: nnx.Module](
 
 
 def save(module: nnx.Module, path: str | os.PathLike, dtype: Any = jnp.bfloat16) -> None:
-    """Write every parameter of a module to one safetensors file, cast to `dtype`, atomically; `load` reads it back."""
+    """Write every parameter of a module to one safetensors file, cast to `dtype`, atomically; `load` reads it back.
+
+    Raises WeightsError for a dtype that weights do not have, and for a path that cannot be written.
+    """
+    check_dtype(dtype)
+    path = _files.expanded(path, "weights", WeightsError)
     flat = {
         ".".join(str(k) for k in key): jax.device_get(value.get_value().astype(dtype))
         for key, value in nnx.to_flat_state(nnx.state(module, nnx.Param))
     }
-    with _files.replacing(Path(path)) as new:
-        save_file(flat, new)
+    try:
+        with _files.replacing(path) as new:
+            save_file(flat, new)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path} could not be written ({error}); what was there is as it was.") from error
 
 
-def _named(model: str) -> Config:
-    if model not in PRESETS:
-        raise WeightsError(f"model: expected one of {', '.join(PRESETS)}; found {model!r}.")
-    return PRESETS[model]
+def _named(model: str | Config | None) -> Config | None:
+    if isinstance(model, str) and model in PRESETS:
+        return PRESETS[model]
+    if model is None or isinstance(model, Config):
+        return model
+    raise WeightsError(f"model: expected one of {', '.join(PRESETS)}, or a config of one; found {model!r}.")
 
 
 def _config(place: Path, wanted: Config | None) -> Config:
@@ -140,7 +153,10 @@ def _config(place: Path, wanted: Config | None) -> Config:
     where = (place if place.is_dir() else place.parent) / "config.json"
     if not where.exists():
         if wanted is None:
-            raise WeightsError(f"{where}: no such file; say what the weights are of: model= {', '.join(PRESETS)}.")
+            raise WeightsError(
+                f"{where}: no such file; name the folder that has the weights themselves, or say with model= what they "
+                f"are of: {', '.join(PRESETS)}."
+            )
         return wanted
     settings = read_json(where)
     if wanted is None:
@@ -154,7 +170,7 @@ _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?")
 
 def _locate(path: str | os.PathLike) -> Path:
     """The file or folder that has the weights themselves; from the hub if `path` names nothing here."""
-    place = Path(path).expanduser()
+    place = _files.expanded(path, "weights", WeightsError)
     if not place.exists() and not place.is_symlink() and (hub := _HUB_ID.fullmatch(os.fspath(path))):
         return _download(hub[1], hub[2] or "transformer")
     if not place.exists():
