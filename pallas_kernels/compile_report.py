@@ -24,6 +24,8 @@ import jax.numpy as jnp
 
 from pallas_kernels._check import WIDTHS
 from pallas_kernels._choose import NoBackend, Request
+from pallas_kernels.arrange import Norm, Rope
+from pallas_kernels.arrange import mosaic as arrange_hopper
 from pallas_kernels.block_attention import hopper
 
 Row = dict[str, Any]
@@ -240,6 +242,8 @@ def lower(request: Request, target: str) -> Any:
     def like(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
+    if request.op == "arrange":
+        return _lower_arrange(request, like)
     lead = request.batch, request.heads
     nq, nk = -(-request.q_tokens // request.block[0]), -(-request.kv_tokens // request.block[1])
     qk, pv = (WIDTHS[width].store or jnp.dtype(request.dtype) for width in (request.qk, request.pv))
@@ -259,6 +263,23 @@ def lower(request: Request, target: str) -> Any:
         p_scale=request.p_scale, out_dtype=jnp.dtype(request.dtype),
     )  # fmt: skip
     return jax.jit(run).lower(*arrays).compile()
+
+
+def _lower_arrange(request: Request, like: Callable[..., Any]) -> Any:
+    """arrange as models call it: q and k with an RMS norm and RoPE, k less a calibrated mean; groups by default."""
+    tokens, heads, dim, role = request.kv_tokens, request.heads, request.head_dim, request.role
+    norm = rope = mean = None
+    if role != "v":
+        norm = Norm("rms", like(dim))
+        rope = Rope(like(tokens, dim // 2), like(tokens, dim // 2))
+        mean = like(heads, dim) if role == "k" and request.qk != "bf16" else None
+    width, block = (request.pv if role == "v" else request.qk), request.block[role != "q"]
+    run = partial(
+        arrange_hopper.run, role=role, width=width, block=block,
+        group={"q": "row", "k": "block", "v": "channel"}[role], compute_mean=False, layout=request.layout,
+    )  # fmt: skip
+    x = like(request.batch, tokens, heads, dim, dtype=jnp.dtype(request.dtype))
+    return jax.jit(run).lower(x, like(heads, tokens, dtype=jnp.int32), norm, rope, mean).compile()
 
 
 def compiler_facts(text: str) -> Row:
