@@ -196,8 +196,8 @@ def test_attention_reads_what_arrange_wrote(qk, pv, head_dim):
         found, expected = attend("hopper", "hopper", head_dim), attend("rows", "reference")
         with pytest.raises(NoBackend, match="xla: layout 'hopper' is not served; it serves 'rows'"):
             block_attention(
-                *(jnp.zeros((1, 1, 64, 64), jnp.bfloat16),) * 3, jnp.ones((1, 1), jnp.int32), index[:, :1, :1], block=(64, 64),
-                scale=1.0, layout="hopper", implementation="xla",
+                *(jnp.zeros((1, 1, 64, 64), jnp.bfloat16),) * 3, jnp.ones((1, 1), jnp.int32), index[:, :1, :1],
+                block=(64, 64), scale=1.0, layout="hopper", implementation="xla",
             )  # fmt: skip
     assert found.shape == (1, 130, 1, head_dim)
     apart = np.abs(np.asarray(found, np.float32) - np.asarray(expected, np.float32))
