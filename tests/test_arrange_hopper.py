@@ -21,7 +21,8 @@ from pallas_kernels import (
     interpret,
 )
 from pallas_kernels._check import WIDTHS
-from pallas_kernels.arrange import BACKENDS, mosaic
+from pallas_kernels.arrange import BACKENDS, _lanes, mosaic
+from pallas_kernels.block_attention.hopper import HEAD_DIMS
 from pallas_kernels.workloads import WORKLOADS
 from paro_jax import AttentionPlan, BlockMask, QuantSpec, TokenGrid, attend, attention
 from paro_jax import arrange as paro_arrange
@@ -90,7 +91,7 @@ def check(case: Case, found: tuple[Any, Any, Any]) -> None:
     # A float32 norm or mean summed in another order moves its result in the last bits.
     summed = case.norm is not None or case.mean == "compute"
     assert (np.abs(a - b) <= (apart if case.width != "bf16" or summed or case.rope else 0)).all()
-    assert (a != b).mean() <= (0.2 if case.width == "bf16" and case.dtype == "float32" else 2e-3)
+    assert (a != b).sum() <= 2 + a.size * (0.2 if case.width == "bf16" and case.dtype == "float32" else 2e-3)
     for a, b in zip(found[1:], expected[1:], strict=True):
         if a is not None:
             np.testing.assert_allclose(a, b, rtol=2e-6 if summed or case.rope else 2e-7, atol=1e-6 if summed else 0)
@@ -313,6 +314,38 @@ def test_every_input_is_read_once_and_every_output_written_once(case, monkeypatc
     assert len(first) == (case.mean == "compute") + (case.group == "channel" and case.width != "bf16")
     programs = {call.tiles.tokens * call.programs for call, _, _ in launches}
     assert all(128 <= covered < 128 + 256 for covered in programs)  # tiles cover the tokens, and once
+
+
+def placed(layout: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """[register, warp, lane, element, (row, column)] of an array, by Mosaic's own layout."""
+    layout = layout.to_mgpu()
+    place = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
+    for tile in layout.tiling.tiles:
+        lead, n = place.shape[: -len(tile) - 1], len(tile)
+        split = [extent for full, t in zip(place.shape[-n - 1 : -1], tile, strict=True) for extent in (full // t, t)]
+        axes = [*range(len(lead)), *(len(lead) + 2 * i for i in range(n)), *(len(lead) + 2 * i + 1 for i in range(n))]
+        place = place.reshape(*lead, *split, 2).transpose(*axes, -1 % (len(lead) + 2 * n + 1))
+    rank = place.ndim - 1
+    warps, threads, element = ([d % rank for d in ds] for ds in (layout.warp_dims, layout.lane_dims, (-1,)))
+    registers = [d for d in range(rank) if d not in (*warps, *threads, *element)]
+    return place.transpose(*registers, *warps, *threads, *element, rank).reshape(-1, 4, 32, layout.vector_length, 2)
+
+
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+def test_registers_hold_what_the_inline_code_takes_them_for(dim):
+    """What the interpreter cannot see: which values of which threads a gather, a rotation and a transposition join."""
+    for lanes, rows in ((_lanes.rows(dim, 8), 64), (_lanes.rows(dim, 4), 64), (_lanes.columns(), 16)):
+        tile, pairs = placed(lanes.tile, (rows, dim)), placed(lanes.pairs, (rows, dim // 2))
+        for place in (tile, pairs):  # side by side in a thread: side by side in a row of memory
+            assert (np.diff(place[..., 0], axis=3) == 0).all() and (np.diff(place[..., 1], axis=3) == 1).all()
+        np.testing.assert_array_equal(tile[..., 0::2, :], pairs * [1, 2])
+    lanes = _lanes.columns()
+    tile = placed(lanes.tile, (16, dim)).reshape(dim // 16, 4, 32, 2, 2)
+    transpose = placed(lanes.transpose, (dim, 64)).reshape(dim // 16, 2, 4, 32, 4, 2)
+    for channel, part in np.ndindex(2, 4):
+        row, column = (tile[..., channel, axis] for axis in (0, 1))
+        np.testing.assert_array_equal(transpose[:, channel, ..., part, 0], column)
+        np.testing.assert_array_equal(transpose[:, channel, ..., part, 1], 4 * row + part)
 
 
 # ---- rung 3: the compiler -------------------------------------------------------------------------------------------
