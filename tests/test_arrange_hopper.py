@@ -364,10 +364,11 @@ AHEAD = {
 @compiled
 @pytest.mark.slow
 @pytest.mark.parametrize("case", AHEAD)
-def test_compiles_without_spills(case, tmp_path):
+def test_compiles_without_spills_and_below_the_memory(case):
     request = replace(REQUEST, q_tokens=1000, kv_tokens=1000, heads=2, **AHEAD[case])
-    _, facts = compile_report.compile_ahead(request, "sm_90a", tmp_path)
-    assert facts["spills"] == 0 and 0 < facts["registers"] <= 255
+    row = compile_report.measure(case, request, "sm_90a")
+    assert row["spills"] == 0 and 0 < row["registers"] <= 255
+    assert row["bound_ratio"] < 1.5  # what it computes fits beside what it moves, or nearly
 
 
 # ---- rung 4: the GPU ------------------------------------------------------------------------------------------------
