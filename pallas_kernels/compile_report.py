@@ -24,6 +24,8 @@ import jax.numpy as jnp
 
 from pallas_kernels._check import WIDTHS
 from pallas_kernels._choose import NoBackend, Request
+from pallas_kernels.arrange import Norm, Rope
+from pallas_kernels.arrange import mosaic as arrange_hopper
 from pallas_kernels.block_attention import hopper
 
 Row = dict[str, Any]
@@ -69,6 +71,8 @@ _UNITS = {
     "shared": (("LDS", "STS", "LDSM", "STSM", "ATOMS"), 1.0),
 }  # fmt: skip
 _ISSUE = 4.0
+_BYTES = 4.8e12 / (132 * 1.98e9)  # of device memory a clock and SM, as in the description above
+_GROUP = {"q": "row", "k": "block", "v": "channel"}  # what one scale covers by default
 _MACS = {"HGMMA": 2048, "IGMMA": 4096, "QGMMA": 4096}  # multiply-adds a clock of one SM, by kind of tensor instruction
 
 
@@ -93,14 +97,16 @@ def tensor(instructions: list[str]) -> list[str]:
 
 
 def report(target: str = "sm_90a", progress: Progress = lambda message: None) -> list[Row]:
-    """One row per named workload, pair of widths and block: `name, target, registers, spills, shared_memory, barriers,
-    instructions, clocks, bound_ratio`.
+    """One row per named workload, pair of widths and block, and per workload and role of arrange: `name, target,
+    registers, spills, shared_memory, barriers, instructions, clocks, bound_ratio`.
 
     `instructions` and `clocks` are per 128 x 128 scores: warp instructions by unit, and clocks of one SM that each unit
     needs, in a step that takes every shortcut. `bound_ratio`: the largest of `clocks` over the tensor unit's;
     `bound_ratio_every`: the same of a step that takes none. `shared_memory` in bytes, without barriers.
     `reallocates`: whether the compiler honoured the kernel's moving of registers from the producer to the consumers;
     where it did not, each of the 384 threads has at most 168.
+    arrange's are per 128 tokens of one head, its `bound_ratio` is over "memory": what its inputs and outputs take at
+    the device's bandwidth, each once, RoPE's tables apart (they come from L2).
     Raises ValueError for a target without kernels, MissingCompiler where the CUDA compiler packages are missing.
     """
     return [measure(name, request, target, progress) for name, request in kernels(target)]
@@ -116,6 +122,9 @@ def kernels(target: str) -> Iterator[tuple[str, Request]]:
             for qk, pv in PAIRS:
                 request = replace(NAMED[name], block=block, qk=qk, pv=pv, device=device)
                 yield f"{name} {qk}/{pv} {block[0]}x{block[1]}", request
+        for role in ("q", "k", "v"):
+            request = replace(NAMED[name], op="arrange", block=(128, 128), qk="int8", pv="int8", device=device)
+            yield f"{name} arrange {role} int8", replace(request, role=role, layout="hopper")
 
 
 def _target(target: str) -> Target:
@@ -132,6 +141,8 @@ def measure(name: str, request: Request, target: str, progress: Progress = lambd
     """The row of one request."""
     require_compiler()
     _target(target)
+    if request.op == "arrange":
+        return _measure_arrange(name, request, target, progress)
     if reason := hopper.why_not(request):
         raise NoBackend(f"no kernel can be compiled for {request}: hopper: {reason}.")
     progress(f"compiling {name} for {target}")
@@ -151,6 +162,33 @@ def measure(name: str, request: Request, target: str, progress: Progress = lambd
         "clocks": clocks,
         "bound_ratio": max(clocks.values()) / clocks["tensor"],
         "bound_ratio_every": max(every.values()) / every["tensor"],
+    }
+
+
+def _measure_arrange(name: str, request: Request, target: str, progress: Progress) -> Row:
+    """The row of arrange's launch that stores: no loop, so the whole program, for 128 tokens of one head."""
+    if reason := arrange_hopper.why_not(request):
+        raise NoBackend(f"no kernel can be compiled for {request}: hopper: {reason}.")
+    progress(f"compiling {name} for {target}")
+    with tempfile.TemporaryDirectory() as folder:
+        sass, facts = compile_ahead(request, target, Path(folder))
+    width, group = (request.pv if request.role == "v" else request.qk), _GROUP[request.role]
+    dim = hopper.padded_dim(request.head_dim)
+    (tiles, *_) = arrange_hopper.candidates(dim, width, group, request.block[1], request.role == "v")
+    code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.]+)", sass)
+    instructions, clocks = per_block([op for op in code if op != "NOP"], 128 * tiles.tokens)
+    moved = arrange_hopper.bytes_moved(request, width=width, group=group, rope=False)
+    each = (moved["read"] + moved["written"]) / (request.batch * request.heads * request.kv_tokens)
+    clocks["memory"] = 128 * each / _BYTES
+    return {
+        "name": name,
+        "target": target,
+        **facts,
+        "shared_memory": tiles.tokens * dim * jnp.dtype(WIDTHS[width].store or request.dtype).itemsize,
+        "tensor_instructions": [],
+        "instructions": instructions,
+        "clocks": clocks,
+        "bound_ratio": max(clocks.values()) / clocks["memory"],
     }
 
 
@@ -240,6 +278,8 @@ def lower(request: Request, target: str) -> Any:
     def like(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
+    if request.op == "arrange":
+        return _lower_arrange(request, like)
     lead = request.batch, request.heads
     nq, nk = -(-request.q_tokens // request.block[0]), -(-request.kv_tokens // request.block[1])
     qk, pv = (WIDTHS[width].store or jnp.dtype(request.dtype) for width in (request.qk, request.pv))
@@ -259,6 +299,23 @@ def lower(request: Request, target: str) -> Any:
         p_scale=request.p_scale, out_dtype=jnp.dtype(request.dtype),
     )  # fmt: skip
     return jax.jit(run).lower(*arrays).compile()
+
+
+def _lower_arrange(request: Request, like: Callable[..., Any]) -> Any:
+    """arrange as models call it: q and k with an RMS norm and RoPE, k less a calibrated mean; groups by default."""
+    tokens, heads, dim, role = request.kv_tokens, request.heads, request.head_dim, request.role
+    norm = rope = mean = None
+    if role != "v":
+        norm = Norm("rms", like(dim))
+        rope = Rope(like(tokens, dim // 2), like(tokens, dim // 2))
+        mean = like(heads, dim) if role == "k" and request.qk != "bf16" else None
+    width, block = (request.pv if role == "v" else request.qk), request.block[role != "q"]
+    run = partial(
+        arrange_hopper.run, role=role, width=width, block=block,
+        group=_GROUP[role], compute_mean=False, layout=request.layout,
+    )  # fmt: skip
+    x = like(request.batch, tokens, heads, dim, dtype=jnp.dtype(request.dtype))
+    return jax.jit(run).lower(x, like(heads, tokens, dtype=jnp.int32), norm, rope, mean).compile()
 
 
 def compiler_facts(text: str) -> Row:

@@ -109,9 +109,10 @@ def out_channels(dim: int) -> int:
     return dim if dim < 128 else 64
 
 
-@partial(jax.jit, static_argnames=("block", "scale", "qk", "pv", "p_scale", "out_dtype", "tiles"))
+@partial(jax.jit, static_argnames=("block", "scale", "qk", "pv", "p_scale", "out_dtype", "layout", "tiles"))
 def run(
-    q, k, v, count, index, slots, q_scale, k_scale, v_scale, *, block, scale, qk, pv, p_scale, out_dtype, tiles=None
+    q, k, v, count, index, slots, q_scale, k_scale, v_scale, *, block, scale, qk, pv, p_scale, out_dtype,
+    layout="rows", tiles=None,
 ):  # fmt: skip
     """See block_attention; arguments are checked there. Returns (o [B, Nq, H, D], lse f32 [B, Nq, H])."""
     spec = Spec(block, scale, qk, pv, p_scale, out_dtype)
@@ -125,7 +126,7 @@ def run(
     q, k, v, count, index, slots, q_scale, k_scale, v_scale = arrays
     if qk == pv == "bf16":
         return _attend(spec, tiles, q, k, v, count, index, slots)
-    return _forward(spec, tiles, q, k, v, count, index, slots, q_scale, k_scale, v_scale)
+    return _forward(spec, tiles, q, k, v, count, index, slots, q_scale, k_scale, v_scale, layout)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -146,7 +147,9 @@ def _attend_bwd(spec, tiles, saved, cotangents):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _forward(spec: Spec, tiles: Tiles, q, k, v, count, index, slots, q_scale=None, k_scale=None, v_scale=None):
+def _forward(
+    spec: Spec, tiles: Tiles, q, k, v, count, index, slots, q_scale=None, k_scale=None, v_scale=None, layout="rows"
+):  # fmt: skip
     """Shapes everything as the kernel reads it, and calls it."""
     block, scale, qk, pv, p_scale, out_dtype = spec
     (batch, heads, q_tokens, head_dim), kv_tokens = q.shape, k.shape[2]
@@ -157,9 +160,11 @@ def _forward(spec: Spec, tiles: Tiles, q, k, v, count, index, slots, q_scale=Non
         q, scale = (-q, -scale) if scale < 0 else (jnp.zeros_like(q), 1.0)
     to_log2 = scale * math.log2(math.e)
 
-    q, k, v = (jnp.pad(x, [(0, 0)] * 3 + [(0, dim - head_dim)]) for x in (q, k, v))
-    if pv != "bf16":
-        v = _registers.key_major(v, bk, permuted=not _staged(pv))
+    if layout == "rows":
+        q, k, v = (jnp.pad(x, [(0, 0)] * 3 + [(0, dim - head_dim)]) for x in (q, k, v))
+        v = v if pv == "bf16" else _registers.key_major(v, bk, permuted=not _staged(pv))
+    elif pv in ("int8", "int4") and _staged(pv):  # through shared memory keys go in their own order
+        v = v.reshape(*v.shape[:3], -1, 16)[..., jnp.argsort(jnp.asarray(_registers.KEY_ORDER))].reshape(v.shape)
     # What a step must know of its keys: the block's scale, and how many keys are real. 16 bytes, the least TMA copies.
     first_key = jnp.arange(nk * bk // tiles.keys, dtype=jnp.int32) * tiles.keys
     real = jnp.clip(kv_tokens - first_key, 0, tiles.keys).astype(f32)
@@ -174,7 +179,7 @@ def _forward(spec: Spec, tiles: Tiles, q, k, v, count, index, slots, q_scale=Non
     if by_row and k_scale is not None:
         k_row = _padded(k_scale, nk * bk)
     if v_scale is not None:
-        v_scale = jnp.pad(v_scale, [(0, 0)] * 3 + [(0, dim - head_dim)])
+        v_scale = jnp.pad(v_scale, [(0, 0)] * 3 + [(0, dim - v_scale.shape[3])])
         v_channel, v_block = (v_scale[:, :, 0], None) if v_scale.shape[2] == 1 else (None, v_scale)
     if slots is None:
         slots = jnp.broadcast_to(jnp.arange(q_tokens, dtype=jnp.int32), (heads, q_tokens))
