@@ -92,8 +92,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     args = parser.parse_args()
     steps = run.QUICK_STEPS
-    scenes = [data.random_scene(run.DEMO_SEED)]
-    samples = run.Capture(run.load_model(), scenes, steps, run.capture_steps(steps))
+    generate = run.Generator(run.load_model(), steps)
+    video = generate(data.random_scene(run.DEMO_SEED))
+    samples = run.capture(generate.net, video, run.capture_steps(steps))
     rows = measure(samples, model.CONFIG.grid, note=(lambda message: None) if args.json else print)
     print(json.dumps(rows, indent=1) if args.json else table(rows))
 
