@@ -46,7 +46,8 @@ compile-report: $(COMPILE)
 	@JAX_PLATFORMS=cpu .venv-cuda/bin/python -m paro_jax compile-report $(ARGS)
 
 compile-test: $(COMPILE)
-	@JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest -n $(WORKERS) tests/test_hopper.py -k compiles $(ARGS)
+	@JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest -n $(WORKERS) tests/test_hopper.py tests/test_arrange_hopper.py \
+		-k "compiles or keeps_its_bound" $(ARGS)
 
 lint: $(DEV)
 	@$(PY) -m ruff check .

@@ -35,11 +35,12 @@ class Request:
     p_scale: str = "block"
     device: str = "cpu"
     role: str = ""
+    layout: str = "rows"  # "rows" | "hopper"; see arrange
 
     def __str__(self) -> str:
         tokens = f"{self.q_tokens}" if self.q_tokens == self.kv_tokens else f"{self.q_tokens}x{self.kv_tokens}"
         shape = f"b{self.batch}-h{self.heads}-n{tokens}-d{self.head_dim}"
-        role = f"-{self.role}" if self.role else ""
+        role = (f"-{self.role}" if self.role else "") + (f"-{self.layout}" if self.layout != "rows" else "")
         blocks = f"{self.block[0]}x{self.block[1]}"
         return f"{self.op}{role}-{shape}-{self.dtype}-{blocks}-qk_{self.qk}-pv_{self.pv}-{self.p_scale}-{self.device}"
 

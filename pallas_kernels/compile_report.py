@@ -24,6 +24,8 @@ import jax.numpy as jnp
 
 from pallas_kernels._check import WIDTHS
 from pallas_kernels._choose import NoBackend, Request
+from pallas_kernels.arrange import Norm, Rope
+from pallas_kernels.arrange import mosaic as arrange_hopper
 from pallas_kernels.block_attention import hopper
 
 Row = dict[str, Any]
@@ -69,6 +71,8 @@ _UNITS = {
     "shared": (("LDS", "STS", "LDSM", "STSM", "ATOMS"), 1.0),
 }  # fmt: skip
 _ISSUE = 4.0
+_BYTES = 4.8e12 / (132 * 1.98e9)  # of device memory a clock and SM, as in the description above
+_GROUP = {"q": "row", "k": "block", "v": "channel"}  # what one scale covers by default
 _MACS = {"HGMMA": 2048, "IGMMA": 4096, "QGMMA": 4096}  # multiply-adds a clock of one SM, by kind of tensor instruction
 
 
@@ -77,24 +81,32 @@ class MissingCompiler(ValueError):
 
 
 class Loop(NamedTuple):
-    """The main loop of a kernel: opcodes with their modifiers, in order."""
+    """The main loop of a kernel: opcodes with their modifiers, in order.
+
+    `instructions`: those of a step that takes every shortcut; `every`: also those that some steps jump over, such as
+    masking the keys past the end or rescaling the output where a maximum rose.
+    """
 
     instructions: list[str]
+    every: list[str]
 
-    def count(self, opcodes: tuple[str, ...]) -> int:
-        return sum(op.split(".")[0] in opcodes for op in self.instructions)
 
-    @property
-    def tensor(self) -> list[str]:
-        return [op for op in self.instructions if op.split(".")[0] in _MACS]
+def tensor(instructions: list[str]) -> list[str]:
+    """The tensor instructions among some."""
+    return [op for op in instructions if op.split(".")[0] in _MACS]
 
 
 def report(target: str = "sm_90a", progress: Progress = lambda message: None) -> list[Row]:
-    """One row per named workload, pair of widths and block: `name, target, registers, spills, shared_memory, barriers,
-    instructions, clocks, bound_ratio`.
+    """One row per named workload, pair of widths and block, and per workload and role of arrange: `name, target,
+    registers, spills, shared_memory, barriers, instructions, clocks, bound_ratio`.
 
     `instructions` and `clocks` are per 128 x 128 scores: warp instructions by unit, and clocks of one SM that each unit
-    needs. `bound_ratio`: the largest of `clocks` over the tensor unit's. `shared_memory` in bytes, without barriers.
+    needs, in a step that takes every shortcut. `bound_ratio`: the largest of `clocks` over the tensor unit's;
+    `bound_ratio_every`: the same of a step that takes none. `shared_memory` in bytes, without barriers.
+    `reallocates`: whether the compiler honoured the kernel's moving of registers from the producer to the consumers;
+    where it did not, each of the 384 threads has at most 168.
+    arrange's are per 128 tokens of one head, its `bound_ratio` is over "memory": what its inputs and outputs take at
+    the device's bandwidth, each once, RoPE's tables apart (they come from L2).
     Raises ValueError for a target without kernels, MissingCompiler where the CUDA compiler packages are missing.
     """
     return [measure(name, request, target, progress) for name, request in kernels(target)]
@@ -110,6 +122,9 @@ def kernels(target: str) -> Iterator[tuple[str, Request]]:
             for qk, pv in PAIRS:
                 request = replace(NAMED[name], block=block, qk=qk, pv=pv, device=device)
                 yield f"{name} {qk}/{pv} {block[0]}x{block[1]}", request
+        for role in ("q", "k", "v"):
+            request = replace(NAMED[name], op="arrange", block=(128, 128), qk="int8", pv="int8", device=device)
+            yield f"{name} arrange {role} int8", replace(request, role=role, layout="hopper")
 
 
 def _target(target: str) -> Target:
@@ -126,36 +141,67 @@ def measure(name: str, request: Request, target: str, progress: Progress = lambd
     """The row of one request."""
     require_compiler()
     _target(target)
+    if request.op == "arrange":
+        return _measure_arrange(name, request, target, progress)
     if reason := hopper.why_not(request):
         raise NoBackend(f"no kernel can be compiled for {request}: hopper: {reason}.")
     progress(f"compiling {name} for {target}")
     with tempfile.TemporaryDirectory() as folder:
-        ptx, facts = compile_ahead(request, target, Path(folder))
-        sass = disassemble(ptx, target, Path(folder))
+        sass, facts = compile_ahead(request, target, Path(folder))
     loop = main_loop(sass)
     tiles = hopper.candidates(request)[0]
-    instructions, clocks = per_block(loop, hopper.ROWS * tiles.keys)
+    instructions, clocks = per_block(loop.instructions, hopper.ROWS * tiles.keys)
+    _, every = per_block(loop.every, hopper.ROWS * tiles.keys)
     return {
         "name": name,
         "target": target,
         **facts,
         "shared_memory": hopper.shared_memory(request, tiles),
-        "tensor_instructions": sorted(set(loop.tensor)),
+        "tensor_instructions": sorted(set(tensor(loop.instructions))),
         "instructions": instructions,
         "clocks": clocks,
         "bound_ratio": max(clocks.values()) / clocks["tensor"],
+        "bound_ratio_every": max(every.values()) / every["tensor"],
     }
 
 
-def per_block(loop: Loop, scores: int) -> tuple[dict[str, float], dict[str, float]]:
-    """(warp instructions, clocks) by unit for 128 x 128 scores, when one pass of the loop does `scores` in 4 warps."""
+def _measure_arrange(name: str, request: Request, target: str, progress: Progress) -> Row:
+    """The row of arrange's launch that stores: no loop, so the whole program, for 128 tokens of one head."""
+    if reason := arrange_hopper.why_not(request):
+        raise NoBackend(f"no kernel can be compiled for {request}: hopper: {reason}.")
+    progress(f"compiling {name} for {target}")
+    with tempfile.TemporaryDirectory() as folder:
+        sass, facts = compile_ahead(request, target, Path(folder))
+    width, group = (request.pv if request.role == "v" else request.qk), _GROUP[request.role]
+    dim = hopper.padded_dim(request.head_dim)
+    (tiles, *_) = arrange_hopper.candidates(dim, width, group, request.block[1], request.role == "v")
+    code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.]+)", sass)
+    instructions, clocks = per_block([op for op in code if op != "NOP"], 128 * tiles.tokens)
+    moved = arrange_hopper.bytes_moved(request, width=width, group=group, rope=False)
+    each = (moved["read"] + moved["written"]) / (request.batch * request.heads * request.kv_tokens)
+    clocks["memory"] = 128 * each / _BYTES
+    return {
+        "name": name,
+        "target": target,
+        **facts,
+        "shared_memory": tiles.tokens * dim * jnp.dtype(WIDTHS[width].store or request.dtype).itemsize,
+        "tensor_instructions": [],
+        "instructions": instructions,
+        "clocks": clocks,
+        "bound_ratio": max(clocks.values()) / clocks["memory"],
+    }
+
+
+def per_block(instructions: list[str], scores: int) -> tuple[dict[str, float], dict[str, float]]:
+    """(warp instructions, clocks) by unit for 128 x 128 scores, when `instructions` do `scores` in 4 warps."""
     warps = 4 * 128 * 128 / scores
-    instructions = {unit: warps * loop.count(opcodes) for unit, (opcodes, _) in _UNITS.items()}
-    clocks = {unit: instructions[unit] / rate for unit, (_, rate) in _UNITS.items()}
-    macs = sum(_macs(op) / _MACS[op.split(".")[0]] for op in loop.tensor)
-    instructions |= {"tensor": warps * len(loop.tensor), "all": warps * len(loop.instructions)}
-    clocks |= {"tensor": warps / 4 * macs, "issue": instructions["all"] / _ISSUE}
-    return instructions, clocks
+    names = [op.split(".")[0] for op in instructions]
+    counts = {unit: warps * sum(name in opcodes for name in names) for unit, (opcodes, _) in _UNITS.items()}
+    clocks = {unit: counts[unit] / rate for unit, (_, rate) in _UNITS.items()}
+    macs = sum(_macs(op) / _MACS[op.split(".")[0]] for op in tensor(instructions))
+    counts |= {"tensor": warps * len(tensor(instructions)), "all": warps * len(instructions)}
+    clocks |= {"tensor": warps / 4 * macs, "issue": counts["all"] / _ISSUE}
+    return counts, clocks
 
 
 def _macs(op: str) -> int:
@@ -172,7 +218,6 @@ def _macs(op: str) -> int:
 def missing() -> str | None:
     """What keeps this machine from compiling for a GPU, or None."""
     absent = [] if importlib.util.find_spec("jax_cuda13_plugin") else ["jax[cuda13]"]
-    absent += [] if _tool("ptxas") else ["nvidia-cuda-nvcc"]
     absent += [] if _tool("nvdisasm") else ["nvidia-cuda-nvdisasm"]
     return f"the CUDA compiler packages are missing: {', '.join(absent)}" if absent else None
 
@@ -196,15 +241,15 @@ def _tool(name: str) -> Path | None:
 
 
 def compile_ahead(request: Request, target: str, folder: Path) -> tuple[str, Row]:
-    """(PTX, {registers, spills, barriers}) of a request's kernel, by way of Mosaic in a process of its own.
+    """(machine code as text, `compiler_facts`) of a request's kernel, by way of Mosaic in a process of its own.
 
-    Its settings are read once a process.
+    Its settings are read once a process. The machine code is what Mosaic would launch: ptxas alone makes another.
     """
     settings = {
         "JAX_PLATFORMS": "cpu",
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-        "MOSAIC_GPU_DUMP_PTX": "1",
         "MOSAIC_GPU_DUMP_PTXAS": "1",
+        "MOSAIC_GPU_DUMP_SASS": "1",
         "MOSAIC_GPU_DUMP_TO": str(folder),
     }
     work = json.dumps({"request": asdict(request), "target": target})
@@ -214,10 +259,10 @@ def compile_ahead(request: Request, target: str, folder: Path) -> tuple[str, Row
         [sys.executable, "-m", "pallas_kernels.compile_report", work],
         capture_output=True, text=True, check=False, env=os.environ | settings | {"PYTHONPATH": path},
     )  # fmt: skip
-    found = sorted(folder.glob("*.ptx"))
+    found = sorted(folder.glob("*.sass"))
     if done.returncode or not found:
         raise RuntimeError(f"{request} did not compile for {target}: {done.stderr.strip()[-2000:]}")
-    return found[-1].read_text(), ptxas_facts(found[-1].with_suffix(".ptxas").read_text())
+    return found[-1].read_text(), compiler_facts(found[-1].with_suffix(".ptxas").read_text())
 
 
 def lower(request: Request, target: str) -> Any:
@@ -233,6 +278,8 @@ def lower(request: Request, target: str) -> Any:
     def like(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
+    if request.op == "arrange":
+        return _lower_arrange(request, like)
     lead = request.batch, request.heads
     nq, nk = -(-request.q_tokens // request.block[0]), -(-request.kv_tokens // request.block[1])
     qk, pv = (WIDTHS[width].store or jnp.dtype(request.dtype) for width in (request.qk, request.pv))
@@ -254,18 +301,25 @@ def lower(request: Request, target: str) -> Any:
     return jax.jit(run).lower(*arrays).compile()
 
 
-def disassemble(ptx: str, target: str, folder: Path) -> str:
-    """The machine code of a kernel as text."""
-    ptxas, nvdisasm = _tool("ptxas"), _tool("nvdisasm")
-    assert ptxas and nvdisasm
-    source, binary = folder / "report.ptx", folder / "report.cubin"
-    source.write_text(ptx)
-    subprocess.run([ptxas, f"-arch={target}", source, "-o", binary], capture_output=True, check=True)
-    return subprocess.run([nvdisasm, binary], capture_output=True, text=True, check=True).stdout
+def _lower_arrange(request: Request, like: Callable[..., Any]) -> Any:
+    """arrange as models call it: q and k with an RMS norm and RoPE, k less a calibrated mean; groups by default."""
+    tokens, heads, dim, role = request.kv_tokens, request.heads, request.head_dim, request.role
+    norm = rope = mean = None
+    if role != "v":
+        norm = Norm("rms", like(dim))
+        rope = Rope(like(tokens, dim // 2), like(tokens, dim // 2))
+        mean = like(heads, dim) if role == "k" and request.qk != "bf16" else None
+    width, block = (request.pv if role == "v" else request.qk), request.block[role != "q"]
+    run = partial(
+        arrange_hopper.run, role=role, width=width, block=block,
+        group=_GROUP[role], compute_mean=False, layout=request.layout,
+    )  # fmt: skip
+    x = like(request.batch, tokens, heads, dim, dtype=jnp.dtype(request.dtype))
+    return jax.jit(run).lower(x, like(heads, tokens, dtype=jnp.int32), norm, rope, mean).compile()
 
 
-def ptxas_facts(text: str) -> Row:
-    """{registers, spills (bytes stored), barriers} from what ptxas says; it may say the same thing twice."""
+def compiler_facts(text: str) -> Row:
+    """{registers, spills (bytes stored), barriers, reallocates} from what the compiler says, perhaps twice."""
 
     def most(pattern: str) -> int:
         return max(map(int, re.findall(pattern, text, re.IGNORECASE)), default=0)
@@ -274,33 +328,85 @@ def ptxas_facts(text: str) -> Row:
         "registers": most(r"used (\d+) registers"),
         "spills": most(r"(\d+) bytes spill stores"),
         "barriers": most(r"used (\d+) barriers"),
+        "reallocates": "'setmaxnreg' ignored" not in text,
     }
 
 
+class _Instruction(NamedTuple):
+    name: str
+    target: str | None  # the label it may jump to
+    falls: bool  # whether the next instruction may follow
+
+
 def main_loop(sass: str) -> Loop:
-    """The smallest loop that holds the most tensor instructions, in nvdisasm's text."""
-    code: list[tuple[str, str]] = []
+    """The smallest loop with the most tensor instructions, in nvdisasm's text."""
+    code: list[_Instruction] = []
     labels: dict[str, int] = {}
     for line in sass.splitlines():
         if label := re.match(r"^\.(L_x_\d+):", line):
             labels[label[1]] = len(code)
-        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.x]+)(.*?);", line):
-            code.append((found[1], found[2]))
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.x]+)([^;]*)", line):
+            predicate, name, operands = found.groups()
+            target = re.search(r"L_x_\d+", operands) if name.startswith("BRA") else None
+            always = not predicate and not re.search(r"U?P\d|UR\d", operands)
+            ends = name.startswith(("BRA", "EXIT", "RET")) and always
+            code.append(_Instruction(name, target[0] if target else None, not ends))
+    jumps = {i: labels[op.target] for i, op in enumerate(code) if op.target in labels}
+    follow = [
+        ([i + 1] if op.falls and i + 1 < len(code) else []) + ([jumps[i]] if i in jumps else [])
+        for i, op in enumerate(code)
+    ]
+    before: list[list[int]] = [[] for _ in code]
+    for i, after in enumerate(follow):
+        for j in after:
+            before[j].append(i)
+
+    heads: dict[int, list[int]] = {}
+    for i, start in jumps.items():
+        if start <= i:
+            heads.setdefault(start, []).append(i)
     loops = []
-    for end, (op, operands) in enumerate(code):
-        label = re.search(r"L_x_\d+", operands) if op.startswith("BRA") else None
-        start = labels.get(label[0]) if label else None
-        if start is not None and start <= end:
-            loops.append(Loop([name for name, _ in code[start : end + 1]]))
-    best = max(loops, key=lambda loop: (len(loop.tensor), -len(loop.instructions)), default=None)
-    if best is None or not best.tensor:
+    for start, ends in heads.items():
+        inside, todo = {start}, list(ends)
+        while todo:  # what reaches the jump back without passing the start
+            if (i := todo.pop()) not in inside:
+                inside.add(i)
+                todo += before[i]
+        if path := _shortest(code, follow, start, ends, inside):
+            loops.append(Loop([code[i].name for i in path], [code[i].name for i in sorted(inside)]))
+    best = max(loops, key=lambda loop: (len(tensor(loop.instructions)), -len(loop.every)), default=None)
+    if best is None or not tensor(best.instructions):
         raise RuntimeError("the machine code has no loop with tensor instructions; a Hopper kernel's has one")
     return best
 
 
-def opcodes(loop: Loop) -> dict[str, int]:
+def _shortest(
+    code: list[_Instruction], follow: list[list[int]], start: int, ends: list[int], inside: set[int]
+) -> list[int]:
+    """The way from `start` to one of `ends` past most tensor instructions, and of those the one with fewest others.
+
+    Forward only: neither into a loop inside nor to code that lies behind the loop. Empty where there is none.
+    """
+    cost = {start: (-len(tensor([code[start].name])), 1)}
+    came: dict[int, int] = {}
+    for i in sorted(inside):
+        for j in follow[i] if i in cost else ():
+            if i < j and j in inside:
+                new = (cost[i][0] - len(tensor([code[j].name])), cost[i][1] + 1)
+                if j not in cost or new < cost[j]:
+                    cost[j], came[j] = new, i
+    reached = [end for end in ends if end in cost]
+    if not reached:
+        return []
+    path = [min(reached, key=lambda end: cost[end])]
+    while path[-1] != start:
+        path.append(came[path[-1]])
+    return path[::-1]
+
+
+def opcodes(instructions: list[str]) -> dict[str, int]:
     """How often each opcode comes, most frequent first: what to look at when a bound is too high."""
-    return dict(collections.Counter(op.split(".")[0] for op in loop.instructions).most_common())
+    return dict(collections.Counter(op.split(".")[0] for op in instructions).most_common())
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from jax.core import Tracer
 from pallas_kernels import Norm, Rope
 from pallas_kernels._check import concrete
 from pallas_kernels.arrange import arrange as _kernel_arrange
+from pallas_kernels.block_attention import LAYOUTS
 from pallas_kernels.block_attention import block_attention as _kernel_block_attention
 from paro_jax._grid import TokenGrid
 from paro_jax._plan import AttentionPlan
@@ -26,9 +27,6 @@ Role = Literal["q", "k", "v"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _ARGUMENTS = {"q": "query", "k": "key", "v": "value"}
-# The layout that both backends of today read: values [batch, heads, tokens, head_dim]. A backend that wants another one
-# (V transposed, say) gets a second name here, and `arrange` and `attend` then pick it by the same rule.
-_LAYOUT = "rows"
 
 
 @jax.tree_util.register_dataclass
@@ -36,10 +34,10 @@ _LAYOUT = "rows"
 class TokenBlocks:
     """One of q, k, v in kernel order, at its stored width; a pytree. Made by `arrange` or `project_in`, for `attend`.
 
-    `values`: [B, heads, N, D]; `scales`: float32, one per group, None at width "bf16"; `mean`: float32 [B, heads, D],
+    `values`; `scales`: float32, one per group, None at width "bf16"; `mean`: float32 [B, heads, D],
     the mean that was subtracted from K, or None; `order`: int8 [heads]. Static: `role`, `width`, the `grid` and `block`
-    of its plan, the `group` that one scale covers, `dtype` before quantisation, and `layout`, which belongs to the
-    backend.
+    of its plan, the `group` that one scale covers, `dtype` before quantisation, `head_dim`, and `layout`, of the
+    backend. `values` is [B, heads, N, D] in layout "rows"; pallas_kernels.arrange says what others look like.
     """
 
     values: jax.Array
@@ -53,6 +51,7 @@ class TokenBlocks:
     group: str = field(metadata=dict(static=True))
     dtype: str = field(metadata=dict(static=True))
     layout: str = field(metadata=dict(static=True))
+    head_dim: int = field(metadata=dict(static=True))
 
 
 def attention(
@@ -73,8 +72,9 @@ def attention(
     Without a plan this is `jax.nn.dot_product_attention`, with the arguments it shares. With one, `query`, `key` and
     `value` are [B, N, heads, D] in model order, float32, bfloat16 or float16, and so is the result. `scale`: a plain
     number, None for 1/sqrt(D). `quant` overrides `plan.quant`. `implementation`: with a plan a backend of
-    `pallas_kernels` ("xla", "reference"), without one what jax.nn takes; None chooses. `return_residual`: also return
-    the log-sum-exp of the kept scores, natural log, float32 [B, N, heads], of the K that came in, smoothed or not.
+    `pallas_kernels` ("xla", "hopper", "reference"), without one what jax.nn takes; None chooses. `return_residual`:
+    also return the log-sum-exp of the kept scores, natural log, float32 [B, N, heads], of the K that came in, smoothed
+    or not.
 
     A skipped block leaves the softmax altogether, its denominator included; a query with no kept block gets 0 and -inf
     (PAROAttention, arXiv 2506.16054).
@@ -183,7 +183,8 @@ def attend(
     """
     scale = _check_scale(scale)
     plan = _check_plan(plan)
-    _check_blocks(q, k, v, plan)
+    implementation = implementation or (q.layout if isinstance(q, TokenBlocks) and q.layout != "rows" else None)
+    _check_blocks(q, k, v, plan, _layout(implementation))
     return _attended(q, k, v, plan, scale, implementation, return_residual)
 
 
@@ -241,6 +242,7 @@ def _arranged(x, plan, role, norm, rope, implementation) -> TokenBlocks:
         norm=norm,
         rope=rope,
         mean=mean,
+        layout=_layout(implementation),
         implementation=implementation,
     )
     return TokenBlocks(
@@ -254,7 +256,8 @@ def _arranged(x, plan, role, norm, rope, implementation) -> TokenBlocks:
         plan.block,
         quant.group(role),
         str(x.dtype),
-        _LAYOUT,
+        _layout(implementation),
+        x.shape[-1],
     )
 
 
@@ -269,7 +272,7 @@ def _attended(
     return_residual,
     query=None,
 ):
-    scale = 1.0 / math.sqrt(q.values.shape[-1]) if scale is None else scale
+    scale = 1.0 / math.sqrt(q.head_dim) if scale is None else scale
     count, index = plan.mask().schedule()
     out = _kernel_block_attention(
         q.values,
@@ -287,6 +290,8 @@ def _attended(
         k_scale=k.scales,
         v_scale=v.scales,
         out_dtype=jnp.dtype(v.dtype),
+        layout=v.layout,
+        head_dim=v.head_dim,
         implementation=implementation,
         return_residual=return_residual,
     )
@@ -303,7 +308,7 @@ def _attended(
 
 def _row_products(q: TokenBlocks, mean: jax.Array) -> jax.Array:
     """float32 [B, heads, N]: the stored q of every kernel slot times the K mean of its head."""
-    products = jnp.einsum("bhnd,bhd->bhn", q.values.astype(jnp.float32), mean, precision="highest")
+    products = jnp.einsum("bhnd,bhd->bhn", q.values[..., : q.head_dim].astype(jnp.float32), mean, precision="highest")
     if q.scales is None:
         return products
     tokens = products.shape[-1]
@@ -399,7 +404,12 @@ def _check_tokens(name: str, x: jax.Array, plan: AttentionPlan, like: jax.Array 
         raise ValueError(f"{name} must have the dtype of query, {like.dtype}; got {x.dtype}. Cast one of them.")
 
 
-def _check_blocks(q: Any, k: Any, v: Any, plan: AttentionPlan) -> None:
+def _layout(implementation: str | None) -> str:
+    """The layout that an implementation reads: its own where it has one."""
+    return implementation if implementation in LAYOUTS else "rows"
+
+
+def _check_blocks(q: Any, k: Any, v: Any, plan: AttentionPlan, layout: str) -> None:
     for role, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, TokenBlocks):
             raise ValueError(
@@ -410,7 +420,7 @@ def _check_blocks(q: Any, k: Any, v: Any, plan: AttentionPlan) -> None:
             ("grid", x.grid, plan.grid),
             ("block", x.block, plan.block),
             ("width", x.width, plan.quant.width(role)),
-            ("layout", x.layout, _LAYOUT),
+            ("layout", x.layout, layout),
             ("heads", x.values.shape[1], plan.heads),
         )
         for name, found, expected in facts:
@@ -426,10 +436,10 @@ def _check_blocks(q: Any, k: Any, v: Any, plan: AttentionPlan) -> None:
                 f"{role} was arranged in the orders {names[0]}; attend with this plan expects {names[1]}. Arrange q, k "
                 "and v with the plan that attend gets."
             )
-        if x.values.shape != q.values.shape or x.dtype != q.dtype:
+        if (x.values.shape[0], x.head_dim, x.dtype) != (q.values.shape[0], q.head_dim, q.dtype):
+            shapes = [[y.values.shape[0], plan.heads, plan.grid.tokens, y.head_dim] for y in (q, x)]
             raise ValueError(
-                f"{role} must have the shape and dtype of q, {list(q.values.shape)} {q.dtype}; got "
-                f"{list(x.values.shape)} {x.dtype}."
+                f"{role} must have the shape and dtype of q, {shapes[0]} {q.dtype}; got {shapes[1]} {x.dtype}."
             )
 
 

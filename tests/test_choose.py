@@ -90,7 +90,7 @@ def test_a_request_is_a_key_and_a_name():
     assert hash(REQUEST) == hash(replace(REQUEST))
     names = {str(REQUEST)}
     other = dict(op="arrange", batch=9, heads=9, q_tokens=9, kv_tokens=9, head_dim=9, dtype="float16", block=(9, 9),
-                 qk="int8", pv="int8", p_scale="running", device="sm_90", role="q")  # fmt: skip
+                 qk="int8", pv="int8", p_scale="running", device="sm_90", role="q", layout="hopper")  # fmt: skip
     assert set(other) == {field.name for field in fields(Request)}
     for name, value in other.items():
         names.add(str(replace(REQUEST, **{name: value})))

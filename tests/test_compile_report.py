@@ -29,15 +29,41 @@ SASS = """
 
 def test_the_main_loop_is_the_one_with_tensor_instructions():
     loop = compile_report.main_loop(SASS)
-    assert len(loop.instructions) == 7 and loop.tensor == ["IGMMA.64x128x32.S8.S8"] * 2
-    assert compile_report.opcodes(loop)["MUFU"] == 1
+    assert len(loop.instructions) == 7 and loop.every == loop.instructions
+    assert compile_report.tensor(loop.instructions) == ["IGMMA.64x128x32.S8.S8"] * 2
+    assert compile_report.opcodes(loop.instructions)["MUFU"] == 1
     with pytest.raises(RuntimeError, match="no loop with tensor instructions"):
         compile_report.main_loop(SASS.replace("IGMMA", "IADD3"))
 
 
+def test_what_most_steps_jump_over_is_counted_apart():
+    """A branch over two instructions, one to code behind the loop that comes back, and a wait inside."""
+    jumps = """
+        /*0060*/              @P1 BRA `(.L_x_2) ;
+        /*0070*/                   FMUL R5, R24, R6 ;
+        /*0080*/                   FMUL R5, R24, R6 ;
+.L_x_2:
+        /*0090*/              @!P2 BRA `(.L_x_4) ;
+.L_x_3:
+        /*00a0*/                   FADD R9, R24, R25 ;
+.L_x_5:
+        /*00b0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R4], R5 ;
+        /*00c0*/              @!P1 BRA `(.L_x_5) ;
+        /*00d0*/             @P0 BRA `(.L_x_1) ;
+        /*00e0*/                   EXIT ;
+.L_x_4:
+        /*00f0*/                   I2FP.F32.S32 R9, R24 ;
+        /*0100*/                   BRA `(.L_x_3) ;
+"""
+    loop = compile_report.main_loop(SASS[: SASS.index("        /*0060*/")] + jumps)
+    usual, every = (compile_report.opcodes(ops) for ops in loop)
+    assert usual == {"BRA": 4, "IGMMA": 2, "FMNMX": 1, "FADD": 1, "SYNCS": 1}
+    assert every == usual | {"BRA": 5, "FMUL": 2, "I2FP": 1}
+
+
 def test_clocks_are_instructions_over_rates():
     # One pass does 64 x 128 scores, so 128 x 128 take two, each in 4 warps.
-    instructions, clocks = compile_report.per_block(compile_report.main_loop(SASS), 64 * 128)
+    instructions, clocks = compile_report.per_block(compile_report.main_loop(SASS).instructions, 64 * 128)
     assert instructions["ex2"] == instructions["fp32"] == instructions["integer"] == instructions["pack"] == 8
     assert instructions["tensor"] == 16 and instructions["all"] == 56 and instructions["conversion"] == 0
     assert clocks["ex2"] == 16 and clocks["fp32"] == 2 and clocks["integer"] == 4 and clocks["issue"] == 14
@@ -50,19 +76,23 @@ def test_clocks_are_instructions_over_rates():
 )
 def test_each_kind_of_tensor_instruction_has_its_rate(kind, clocks):
     loop = compile_report.main_loop(SASS.replace("IGMMA.64x128x32.S8.S8", kind))
-    assert compile_report.per_block(loop, 64 * 128)[1]["tensor"] == clocks
+    assert compile_report.per_block(loop.instructions, 64 * 128)[1]["tensor"] == clocks
 
 
-def test_what_ptxas_says():
+def test_what_the_compiler_says():
     text = """ptxas info    : Compiling entry function 'k' for 'sm_90a'
     0 bytes stack frame, 24 bytes spill stores, 16 bytes spill loads
 ptxas info    : Used 168 registers, used 9 barriers, 1024 bytes smem"""
-    assert compile_report.ptxas_facts(text) == {"registers": 168, "spills": 24, "barriers": 9}
+    facts = {"registers": 168, "spills": 24, "barriers": 9, "reallocates": True}
+    assert compile_report.compiler_facts(text) == facts
+    ignored = "ptxas info : (C7504) Potential Performance Loss: 'setmaxnreg' ignored to maintain compatibility\n"
+    assert compile_report.compiler_facts(ignored + text) == facts | {"reallocates": False}
 
 
 def test_every_named_workload_is_there_at_every_width():
     rows = dict(compile_report.kernels("sm_90a"))
-    assert len(rows) == len(compile_report.WORKLOADS) * len(compile_report.PAIRS) * len(compile_report.SHAPES)
+    assert rows["flux_1024 arrange v int8"].role == "v" and rows["flux_1024 arrange v int8"].op == "arrange"
+    assert len(rows) == len(compile_report.WORKLOADS) * (len(compile_report.PAIRS) * len(compile_report.SHAPES) + 3)
     assert rows["wan_14b_720p int8/int8 128x128"] == replace(
         WORKLOADS["wan_14b_720p"], block=(128, 128), qk="int8", pv="int8", device="sm_90"
     )

@@ -146,7 +146,7 @@ def test_a_save_that_fails_leaves_what_was_there(converted, copy, monkeypatch):
     assert sorted(copy.rglob("*")) == before and list(copy.parent.iterdir()) == [copy]
 
 
-def test_a_disk_that_is_full(capfd, source, converted, copy, monkeypatch):
+def test_a_disk_that_is_full(capsys, source, converted, copy, monkeypatch):
     """What tensorstore says then is a ValueError, and of many lines."""
     import orbax.checkpoint as ocp
 
@@ -163,7 +163,7 @@ def test_a_disk_that_is_full(capfd, source, converted, copy, monkeypatch):
     with pytest.raises(PlanError, match="could not be written.*No space left"):
         save_plan(AttentionPlan.dense(TokenGrid((4,)), heads=1), copy.parent / "plan")
     assert sorted(copy.rglob("*")) == before and list(copy.parent.iterdir()) == [copy]
-    status, out, err = paro(capfd, "convert", source, copy.parent / "new")
+    status, out, err = paro(capsys, "convert", source, copy.parent / "new")
     assert status == 2 and not out and "could not be written" in err.splitlines()[-1]
     assert list(copy.parent.iterdir()) == [copy]
 
@@ -171,17 +171,33 @@ def test_a_disk_that_is_full(capfd, source, converted, copy, monkeypatch):
 @pytest.mark.parametrize("when", ["_sizes", "_put", "os.rename"])
 def test_ctrl_c_leaves_what_was_there(capsys, source, copy, monkeypatch, when):
     """While it writes, and between the two renames that put the new folder in the place of the old."""
-    before, calls, rename = sorted(copy.rglob("*")), [], os.rename
+    before, rename = sorted(copy.rglob("*")), os.rename
 
     def stop(*names):
-        calls.append(names)
-        if when != "os.rename" or len(calls) == 2:
-            raise KeyboardInterrupt
-        return rename(*names)
+        if when == "os.rename" and (str(names[1]) != str(copy) or not str(names[0]).endswith(".tmp")):
+            return rename(*names)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(f"paro_jax.models._checkpoint.{when}", stop)
     assert paro(capsys, "convert", source, copy, "--force")[0] == 130
     assert sorted(copy.rglob("*")) == before and list(copy.parent.iterdir()) == [copy]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_came_there_meanwhile_stays(converted, tmp_path, monkeypatch, force):
+    """Another conversion, or anything else: it was not there when this one began."""
+    from paro_jax.models import _checkpoint
+
+    def slow(path, real=_checkpoint._sizes):
+        (tmp_path / "new").mkdir(exist_ok=True)
+        (tmp_path / "new" / "mine").write_text("mine")
+        return real(path)
+
+    model = load_checkpoint(converted)
+    monkeypatch.setattr("paro_jax.models._checkpoint._sizes", slow)
+    with pytest.raises(WeightsError, match="holds something else" if force else "is there already"):
+        save_checkpoint(model, tmp_path / "new", force=force)
+    assert [p.name for p in tmp_path.rglob("*")] == ["new", "mine"]
 
 
 def test_what_a_kill_leaves_is_no_checkpoint(copy):

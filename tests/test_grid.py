@@ -144,3 +144,9 @@ def test_an_unknown_order_is_refused(says):
         TokenGrid((2, 3, 4)).index("HW")
     with says("order", "brick4x4x4", "bricks=((4, 4, 4),)"):
         TokenGrid((2, 3, 4)).inverse("brick4x4x4")
+
+
+def test_the_place_of_tokens():
+    """Bricks are other orders of the same tokens, and no text is nowhere."""
+    assert TokenGrid((2, 3), text_position="last").place == TokenGrid((2, 3), bricks=((1, 3),)).place
+    assert TokenGrid((2, 3), 1, "last").place != TokenGrid((2, 3), 1).place != TokenGrid((3, 2), 1).place

@@ -38,6 +38,8 @@ CASES = {
     "bf16, a query block without a partner": dict(dtype="bfloat16", q_tokens=130, mask="empty rows"),
     "int8, one shared list": dict(qk="int8", pv="int8", block=(128, 128), mask="ones"),
     "int8, the running rule": dict(qk="int8", pv="int8", block=(128, 64), p_scale="running"),
+    "int8, the running rule by blocks of V": dict(qk="int8", pv="int8", p_scale="running", v_group="block"),
+    "bf16 scores, int8 values": dict(pv="int8", dtype="bfloat16", p_scale="running", mask="empty rows"),
     "fp8, head_dim padded": dict(qk="fp8", pv="fp8", head_dim=40, mask="first skipped"),
     "int4, every other group": dict(qk="int4", pv="int4", q_group="block", k_group="row", v_group="block"),
     "int8 scores, bf16 values": dict(qk="int8", dtype="bfloat16", block=(128, 64), permuted=False),
@@ -49,6 +51,34 @@ def test_interpreted_is_the_reference(case):
     problem = Problem(**(dict(dtype="float32") | TINY | CASES[case]))
     with interpret():
         check(problem)
+
+
+def test_however_large_the_factor_of_integer_scores():
+    """One step of an integer score is a million halvings: each row is its largest score's keys."""
+    problem = Problem(**TINY, qk="int8", pv="int8", mask="ones", block=(128, 64))
+    large = dict(q_scale=1e9 * problem.operands["q_scale"])
+    with interpret():
+        for p_scale in ("block", "running"):
+            found, expected = (problem.solve(name, p_scale=p_scale, **large)[0] for name in ("hopper", "reference"))
+            assert_close(found, expected, bound(problem))
+
+
+def test_an_output_summed_across_blocks_is_rounded_by_rises_alone():
+    """Every block's maximum is above the one before, so the int32 sums of P @ V are rounded as often as can be."""
+    problem = Problem(**TINY | dict(kv_tokens=320), qk="int8", pv="int8", mask="ones", p_scale="running")
+    with interpret():
+        found = problem.solve("hopper")[0]
+    largest = float(np.abs(np.asarray(problem.qkv[2])).max())
+    assert_close(found, problem.solve("reference")[0], (0.5 / 127**2 + 1e-6) * largest)
+
+
+def test_the_rest_of_a_rounded_product():
+    """Against float64, which holds the product of two float32 exactly."""
+    rng = np.random.default_rng(0)
+    a = (_registers.MAGIC + rng.integers(-(2**21), 2**21, 1000)).astype(np.float32)
+    b = np.exp2(rng.uniform(-30, 6, 1000)).astype(np.float32)
+    rest = jax.jit(_registers.product_error)(a, b, -(a * b))
+    np.testing.assert_array_equal(rest, a.astype(np.float64) * b - (a * b))
 
 
 def test_an_index_or_count_out_of_range_reads_nothing_outside():
@@ -183,24 +213,41 @@ def test_key_major_pads_transposes_and_permutes():
 # ---- rung 3: the compiler -------------------------------------------------------------------------------------------
 
 compiled = pytest.mark.skipif(compile_report.missing() is not None, reason=str(compile_report.missing()))
-AHEAD = {  # request, the tensor instruction of its integer or float products
-    "bf16": (dict(head_dim=128, block=(128, 128)), "HGMMA"),
-    "int8 at 128": (dict(head_dim=128, block=(128, 128), qk="int8", pv="int8"), "IGMMA"),
-    "int8 at 64": (dict(head_dim=64, qk="int8", pv="int8"), "IGMMA"),
-    "fp8": (dict(head_dim=64, qk="fp8", pv="fp8"), "QGMMA"),
-}
+MADE_OF = {"bf16": "HGMMA", "fp8": "QGMMA", "int8": "IGMMA"}  # the tensor instruction of a width's products
+# Every pair of widths at 128 channels and the largest block, where registers are shortest; elsewhere some.
+AHEAD = [(qk, pv, 128, (128, 128)) for qk in MADE_OF for pv in MADE_OF] + [
+    ("bf16", "bf16", 64, (64, 64)),
+    ("fp8", "fp8", 64, (128, 128)),
+    ("fp8", "fp8", 96, (128, 64)),
+    ("int8", "int8", 96, (128, 128)),
+]
+
+
+def ahead(**changed) -> compile_report.Row:
+    """The report's row of a length whose last keys are masked."""
+    request = replace(REQUEST, q_tokens=1000, kv_tokens=1000, heads=2, **changed)
+    return compile_report.measure(str(request), request, "sm_90a")
 
 
 @compiled
 @pytest.mark.slow
-@pytest.mark.parametrize("case", AHEAD)
-def test_compiles_without_spills_to_the_intended_instruction(case):
-    changed, instruction = AHEAD[case]
-    row = compile_report.measure(case, replace(REQUEST, q_tokens=1000, kv_tokens=1000, heads=2, **changed), "sm_90a")
+@pytest.mark.parametrize(("qk", "pv", "head_dim", "block"), AHEAD, ids=str)
+def test_compiles_without_spills_to_the_intended_instruction(qk, pv, head_dim, block):
+    row = ahead(qk=qk, pv=pv, head_dim=head_dim, block=block)
     assert row["spills"] == 0
-    assert all(op.startswith(instruction) for op in row["tensor_instructions"])
-    if instruction == "IGMMA":
-        assert row["instructions"]["conversion"] == row["instructions"]["pack"] == 0
+    assert {op.split(".")[0] for op in row["tensor_instructions"]} == {MADE_OF[qk], MADE_OF[pv]}
+
+
+@compiled
+@pytest.mark.slow
+@pytest.mark.parametrize("p_scale", ["block", "running"])
+@pytest.mark.parametrize(("head_dim", "bound"), [(128, 1.35), (64, 2.2)])
+def test_the_integer_loop_keeps_its_bound(head_dim, bound, p_scale):
+    """Issue slots, exponentials and the rest against the tensor unit: what a step needs where no maximum rises."""
+    row = ahead(qk="int8", pv="int8", head_dim=head_dim, block=(128, 128), p_scale=p_scale)
+    assert row["spills"] == 0
+    assert row["instructions"]["conversion"] == row["instructions"]["pack"] == 0
+    assert row["bound_ratio"] <= bound
 
 
 # ---- rung 4: the GPU ------------------------------------------------------------------------------------------------

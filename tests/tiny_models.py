@@ -53,6 +53,8 @@ WAN = wan.WanConfig(
     height=8,
     width=12,
 )
+# What config.json says of both.
+VIDEO = dict(num_layers=3, num_attention_heads=2, in_channels=4, out_channels=4)
 
 
 class Tiny(NamedTuple):
@@ -134,11 +136,8 @@ TINY = {
         cogvideox.diffusers_names(COGVIDEOX),
         dict(
             _class_name="CogVideoXTransformer3DModel",
-            num_layers=3,
-            num_attention_heads=2,
+            **VIDEO,
             attention_head_dim=32,
-            in_channels=4,
-            out_channels=4,
             time_embed_dim=16,
             text_embed_dim=24,
             max_text_seq_length=6,
@@ -157,11 +156,8 @@ TINY = {
         wan.diffusers_names(WAN),
         dict(
             _class_name="WanTransformer3DModel",
-            num_layers=3,
-            num_attention_heads=2,
+            **VIDEO,
             attention_head_dim=24,
-            in_channels=4,
-            out_channels=4,
             text_dim=24,
             freq_dim=32,
             ffn_dim=64,

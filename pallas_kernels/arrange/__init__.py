@@ -9,7 +9,9 @@ import jax.numpy as jnp
 
 from pallas_kernels import _check, _choose
 from pallas_kernels._check import mistake, require_shape
-from pallas_kernels.arrange import reference, xla
+from pallas_kernels.arrange import mosaic, reference, xla
+from pallas_kernels.block_attention import LAYOUTS
+from pallas_kernels.block_attention.hopper import HEAD_DIMS
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["scale", "bias"], meta_fields=["kind", "eps"])
@@ -33,6 +35,8 @@ class Rope:
 
 
 BACKENDS = (
+    # Until it has run on a GPU, it serves only whoever names it.
+    _choose.Backend("hopper", mosaic.why_not, mosaic.run, default=False),
     _choose.Backend("xla", xla.why_not, xla.run),
     _choose.Backend("reference", reference.why_not, reference.run, default=False),
 )
@@ -51,6 +55,7 @@ def arrange(
     norm: Norm | None = None,
     rope: Rope | None = None,
     mean: jax.Array | Literal["compute"] | None = None,
+    layout: Literal["rows", "hopper"] = "rows",
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """One of q, k, v in kernel order at its stored width: norm, then RoPE, then the K mean, then reorder and round.
@@ -60,6 +65,9 @@ def arrange(
     block and channel. `group` has no effect at width "bf16".
     mean: K smoothing (SageAttention, arXiv 2410.02367, section 4.2), role "k" only: None, "compute" (over the N tokens)
     or an array f32 [H, D] or [B, H, D].
+    layout: "rows", or "hopper", which that attention kernel reads as it is: D padded with zeros to 64, 96, 128 or 256,
+    and v below 16 bits with its keys side by side, [B, H, D, N up to whole blocks], those of int8 and int4 in the order
+    `_registers.KEY_ORDER` inside each 16.
 
     Returns (values [B, H, N, D], scales, mean f32 [B, H, D] that was subtracted or None). scales: None at width "bf16",
     else f32 [B, H, N] ("row"), [B, H, n] (q, k "block"), [B, H, 1, D] ("channel") or [B, H, n, D] (v "block"), with
@@ -102,6 +110,14 @@ def arrange(
             shapes = f"shape [{heads}, {head_dim}] or [{batch}, {heads}, {head_dim}]"
             raise mistake("mean", shapes, f"shape {list(mean.shape)}")
 
+    if layout not in LAYOUTS:
+        raise mistake("layout", " or ".join(map(repr, LAYOUTS)), repr(layout))
+    if layout == "hopper" and (head_dim > HEAD_DIMS[-1] or block % 16):
+        raise mistake(
+            "layout", f"head_dim at most {HEAD_DIMS[-1]} and a block of whole 16s for 'hopper'",
+            f"head_dim {head_dim} and block {block}",
+        )  # fmt: skip
+
     request = _choose.Request(
         op="arrange",
         batch=batch,
@@ -115,10 +131,12 @@ def arrange(
         pv=width if role == "v" else "bf16",
         device=_choose.device_name(),
         role=role,
+        layout=layout,
     )
     backend = _choose.choose(request, BACKENDS, implementation)
     compute_mean = isinstance(mean, str)
-    run = partial(backend.run, role=role, width=width, group=group, block=block, compute_mean=compute_mean)
+    options = dict(role=role, width=width, group=group, block=block, compute_mean=compute_mean, layout=layout)
+    run = partial(backend.run, **options)
     arrays = (x, slots, norm, rope, None if compute_mean else mean)
     return run(*arrays) if width == "bf16" else _check.no_gradient(run, *arrays)
 

@@ -9,8 +9,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import _registers
 from pallas_kernels._check import FLOATS, WIDTHS
 from pallas_kernels._choose import ALL_WIDTHS, Request, widths_served
+from pallas_kernels.block_attention.hopper import padded_dim
 
 
 def why_not(request: Request) -> str | None:
@@ -76,8 +78,19 @@ def round_to(x: jax.Array, scales: jax.Array, width: str) -> jax.Array:
     return (ratio if width == "fp8" else jnp.round(ratio)).astype(facts.store)
 
 
-@partial(jax.jit, static_argnames=("role", "width", "group", "block", "compute_mean"))
-def run(x, slots, norm, rope, mean, *, role, width, group, block, compute_mean):
+def laid_out(values: jax.Array, role: str, width: str, block: int, layout: str) -> jax.Array:
+    """values [B, H, N, D] as `layout` stores them; see arrange."""
+    if layout == "rows":
+        return values
+    head_dim = values.shape[3]
+    values = jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, padded_dim(head_dim) - head_dim)))
+    if role != "v" or width == "bf16":
+        return values
+    return _registers.key_major(values, block, permuted=width != "fp8")
+
+
+@partial(jax.jit, static_argnames=("role", "width", "group", "block", "compute_mean", "layout"))
+def run(x, slots, norm, rope, mean, *, role, width, group, block, compute_mean, layout="rows"):
     """See arrange; arguments are checked there."""
     batch, _, heads, head_dim = x.shape
     y = x.astype(jnp.float32)
@@ -90,6 +103,5 @@ def run(x, slots, norm, rope, mean, *, role, width, group, block, compute_mean):
         y = y - mean[:, None]
     by_head = [y[:, :, h] if slots is None else y[:, slots[h], h] for h in range(heads)]
     y = jnp.stack(by_head, axis=1)
-    if width == "bf16":
-        return y.astype(x.dtype), None, mean
-    return *quantised(y, role, width, group, block), mean
+    values, scales = (y.astype(x.dtype), None) if width == "bf16" else quantised(y, role, width, group, block)
+    return laid_out(values, role, width, block, layout), scales, mean

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels import _permute
 from pallas_kernels._check import FLOATS
 from pallas_kernels._choose import ALL_WIDTHS, Request, widths_served
-from pallas_kernels.arrange.reference import normed, quantised, rotated
+from pallas_kernels.arrange.reference import laid_out, normed, quantised, rotated
 
 
 def why_not(request: Request) -> str | None:
@@ -22,8 +22,8 @@ def why_not(request: Request) -> str | None:
     return widths_served(request, ALL_WIDTHS)
 
 
-@partial(jax.jit, static_argnames=("role", "width", "group", "block", "compute_mean"))
-def run(x, slots, norm, rope, mean, *, role, width, group, block, compute_mean):
+@partial(jax.jit, static_argnames=("role", "width", "group", "block", "compute_mean", "layout"))
+def run(x, slots, norm, rope, mean, *, role, width, group, block, compute_mean, layout="rows"):
     """See arrange; arguments are checked there."""
     batch, _, heads, head_dim = x.shape
     y = x
@@ -37,11 +37,12 @@ def run(x, slots, norm, rope, mean, *, role, width, group, block, compute_mean):
         mean = jnp.broadcast_to(mean.astype(jnp.float32).reshape(-1, heads, head_dim), (batch, heads, head_dim))
     if width == "bf16":
         y = (y if mean is None else y.astype(jnp.float32) - mean[:, None]).astype(x.dtype)
-        return _to_kernel(y, slots), None, mean
+        return laid_out(_to_kernel(y, slots), role, width, block, layout), None, mean
     y = _to_kernel(y, slots).astype(jnp.float32)
     if mean is not None:
         y = y - mean[:, :, None]
-    return *quantised(y, role, width, group, block), mean
+    values, scales = quantised(y, role, width, group, block)
+    return laid_out(values, role, width, block, layout), scales, mean
 
 
 def _to_kernel(x: jax.Array, slots: jax.Array | None) -> jax.Array:

@@ -11,6 +11,7 @@ from pallas_kernels import _check, _choose
 from pallas_kernels._check import mistake, require_shape
 from pallas_kernels.block_attention import hopper, reference, xla
 
+LAYOUTS = ("rows", "hopper")
 BACKENDS = (
     # Until it has run on a GPU, it serves only whoever names it.
     _choose.Backend("hopper", hopper.why_not, hopper.run, default=False),
@@ -36,6 +37,8 @@ def block_attention(
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
     out_dtype: Any = None,
+    layout: str = "rows",
+    head_dim: int | None = None,
     implementation: str | None = None,
     return_residual: bool = False,
 ) -> Any:
@@ -49,6 +52,8 @@ def block_attention(
     q_scale f32 [B, H, Nq] or [B, H, nq]; k_scale f32 [B, H, Nk] or [B, H, nk]; v_scale f32 [B, H, 1, D] or
     [B, H, nk, D]: what a stored value is multiplied by, per token or block (v: per channel, or block and channel).
     p_scale: P is rounded relative to its row's maximum in the key block ("block") or to the running one ("running").
+    layout: "rows", or "hopper" for operands that `arrange` made with layout="hopper" (which says what they look like);
+    then head_dim is how many of the padded channels are real.
     out_dtype: default v's dtype, else q's, where that is a float, else float32.
 
     Returns o [B, Nq, H, D] in model order; with return_residual also lse f32 [B, Nq, H], the natural log-sum-exp of the
@@ -63,10 +68,22 @@ def block_attention(
     if p_scale not in ("block", "running"):
         raise mistake("p_scale", "'block' or 'running'", repr(p_scale))
     require_shape("q", q, (None,) * 4, "[batch, heads, query tokens, head_dim]")
-    batch, heads, q_tokens, head_dim = q.shape
-    require_shape("k", k, (batch, heads, None, head_dim), "[batch, heads, key tokens, head_dim] as q's")
+    batch, heads, q_tokens, channels = q.shape
+    require_shape("k", k, (batch, heads, None, channels), "[batch, heads, key tokens, head_dim] as q's")
     kv_tokens = k.shape[2]
-    require_shape("v", v, (batch, heads, kv_tokens, head_dim), "[batch, heads, key tokens, head_dim] as k's")
+    if layout not in LAYOUTS:
+        raise mistake("layout", " or ".join(map(repr, LAYOUTS)), repr(layout))
+    head_dim = channels if head_dim is None else head_dim
+    if (head_dim != channels) if layout == "rows" else not 0 < head_dim <= channels:
+        raise mistake("head_dim", f"None or at most the {channels} channels of q, and all of them for 'rows'", head_dim)
+    if layout == "hopper" and channels not in hopper.HEAD_DIMS:
+        served = ", ".join(map(str, hopper.HEAD_DIMS))
+        raise mistake("q", f"{served} channels for layout 'hopper'", channels, "pallas_kernels.arrange makes it.")
+    if layout == "hopper" and pv != "bf16":
+        shape = (batch, heads, channels, -(-kv_tokens // bk) * bk)
+        require_shape("v", v, shape, "[batch, heads, head_dim, key tokens up to whole blocks]")
+    else:
+        require_shape("v", v, (batch, heads, kv_tokens, channels), "[batch, heads, key tokens, head_dim] as k's")
     if 0 in (batch, heads, q_tokens, kv_tokens, head_dim):
         raise mistake("q, k", "at least one batch entry, head, token and channel", f"{q.shape} and {k.shape}")
 
@@ -105,12 +122,14 @@ def block_attention(
         pv=pv,
         p_scale=p_scale,
         device=_choose.device_name(),
+        layout=layout,
     )
     backend = _choose.choose(request, BACKENDS, implementation)
     options = dict(block=(bq, bk), scale=scale, qk=qk, pv=pv, p_scale=p_scale, out_dtype=out_dtype)
-    run = partial(backend.run, **options)
+    run = partial(backend.run, **options, **({} if layout == "rows" else {"layout": layout}))
     arrays = (q, k, v, count, index, slots, q_scale, k_scale, v_scale)
     o, lse = run(*arrays) if qk == pv == "bf16" else _check.no_gradient(run, *arrays)
+    o = o[..., :head_dim]
     return (o, lse) if return_residual else o
 
 

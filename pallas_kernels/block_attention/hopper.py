@@ -8,7 +8,10 @@ Unusual: (1) A query block of 128 rows is shared by both consumers; with blocks 
 row, list and ring of stages, and rows are paired by their number of kept blocks. (2) Integer scores start at the bits
 of 1.5 * 2^23, so that the int32 sum read as float32 *is* a float: no conversion per score. (3) P goes from the scores'
 registers to the A operand's without a shuffle, because V's keys are stored in the order in which they then meet.
-(4) The output leaves row by row, each to its model token. int4 is values on a 4-bit grid through the int8 unit.
+(4) Nothing is rescaled while no maximum rises. With int8 P against the running maximum the output then stays in the
+int32 accumulator of wgmma. A rise rounds it once and brings 127 levels to its row, so the roundings of all rises
+together move the output by less than max |v| / 2 / 127^2. (5) The output leaves row by row, each to its model token.
+int4 is values on a 4-bit grid through the int8 unit.
 """
 
 import math
@@ -32,6 +35,8 @@ HEAD_DIMS = (64, 96, 128, 256)  # others are padded with zeros to the next
 BLOCKS = ((64, 64), (128, 64), (128, 128))
 ROWS = 64  # query tokens of one consumer warpgroup: the M of wgmma
 _SMEM = 232448 - 4096  # bytes a program may have, less what barriers and alignment take
+_SUMMED_KEYS = (2**31 - 1) // 127**2  # what an int32 sum of P @ V has room for
+_MASKED_BITS = -0x4800000  # of -2^120, as an int32: a score that gives P = 0 at any factor
 _LOWEST = -3.4028235e38  # a maximum before the first score: finite, so that a masked score of -inf gives exp2(-inf) = 0
 
 
@@ -104,9 +109,10 @@ def out_channels(dim: int) -> int:
     return dim if dim < 128 else 64
 
 
-@partial(jax.jit, static_argnames=("block", "scale", "qk", "pv", "p_scale", "out_dtype", "tiles"))
+@partial(jax.jit, static_argnames=("block", "scale", "qk", "pv", "p_scale", "out_dtype", "layout", "tiles"))
 def run(
-    q, k, v, count, index, slots, q_scale, k_scale, v_scale, *, block, scale, qk, pv, p_scale, out_dtype, tiles=None
+    q, k, v, count, index, slots, q_scale, k_scale, v_scale, *, block, scale, qk, pv, p_scale, out_dtype,
+    layout="rows", tiles=None,
 ):  # fmt: skip
     """See block_attention; arguments are checked there. Returns (o [B, Nq, H, D], lse f32 [B, Nq, H])."""
     spec = Spec(block, scale, qk, pv, p_scale, out_dtype)
@@ -120,7 +126,7 @@ def run(
     q, k, v, count, index, slots, q_scale, k_scale, v_scale = arrays
     if qk == pv == "bf16":
         return _attend(spec, tiles, q, k, v, count, index, slots)
-    return _forward(spec, tiles, q, k, v, count, index, slots, q_scale, k_scale, v_scale)
+    return _forward(spec, tiles, q, k, v, count, index, slots, q_scale, k_scale, v_scale, layout)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -141,7 +147,9 @@ def _attend_bwd(spec, tiles, saved, cotangents):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _forward(spec: Spec, tiles: Tiles, q, k, v, count, index, slots, q_scale=None, k_scale=None, v_scale=None):
+def _forward(
+    spec: Spec, tiles: Tiles, q, k, v, count, index, slots, q_scale=None, k_scale=None, v_scale=None, layout="rows"
+):  # fmt: skip
     """Shapes everything as the kernel reads it, and calls it."""
     block, scale, qk, pv, p_scale, out_dtype = spec
     (batch, heads, q_tokens, head_dim), kv_tokens = q.shape, k.shape[2]
@@ -152,9 +160,11 @@ def _forward(spec: Spec, tiles: Tiles, q, k, v, count, index, slots, q_scale=Non
         q, scale = (-q, -scale) if scale < 0 else (jnp.zeros_like(q), 1.0)
     to_log2 = scale * math.log2(math.e)
 
-    q, k, v = (jnp.pad(x, [(0, 0)] * 3 + [(0, dim - head_dim)]) for x in (q, k, v))
-    if pv != "bf16":
-        v = _registers.key_major(v, bk, permuted=not _staged(pv))
+    if layout == "rows":
+        q, k, v = (jnp.pad(x, [(0, 0)] * 3 + [(0, dim - head_dim)]) for x in (q, k, v))
+        v = v if pv == "bf16" else _registers.key_major(v, bk, permuted=not _staged(pv))
+    elif pv in ("int8", "int4") and _staged(pv):  # through shared memory keys go in their own order
+        v = v.reshape(*v.shape[:3], -1, 16)[..., jnp.argsort(jnp.asarray(_registers.KEY_ORDER))].reshape(v.shape)
     # What a step must know of its keys: the block's scale, and how many keys are real. 16 bytes, the least TMA copies.
     first_key = jnp.arange(nk * bk // tiles.keys, dtype=jnp.int32) * tiles.keys
     real = jnp.clip(kv_tokens - first_key, 0, tiles.keys).astype(f32)
@@ -169,7 +179,7 @@ def _forward(spec: Spec, tiles: Tiles, q, k, v, count, index, slots, q_scale=Non
     if by_row and k_scale is not None:
         k_row = _padded(k_scale, nk * bk)
     if v_scale is not None:
-        v_scale = jnp.pad(v_scale, [(0, 0)] * 3 + [(0, dim - head_dim)])
+        v_scale = jnp.pad(v_scale, [(0, 0)] * 3 + [(0, dim - v_scale.shape[3])])
         v_channel, v_block = (v_scale[:, :, 0], None) if v_scale.shape[2] == 1 else (None, v_scale)
     if slots is None:
         slots = jnp.broadcast_to(jnp.arange(q_tokens, dtype=jnp.int32), (heads, q_tokens))
@@ -398,6 +408,10 @@ class _Call:
         row, steps = self.walk(gmem, which)
         first = row * bq + (0 if own_list else wg * ROWS)
         levels = WIDTHS[self.pv].p_levels
+        folded = self.integer_scores and self.integer_p and "k_row" not in smem
+        # Against the running maximum every block's P counts the same levels: wgmma sums them in int32, across blocks.
+        local = self.pv != "bf16" and self.p_scale == "block"
+        summed = self.pv == "int8" and not local and "v_block" not in smem and self.kv_tokens <= _SUMMED_KEYS
         row_layout, column_layout = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
         def fetch(source, name, mode=None):
@@ -427,6 +441,16 @@ class _Call:
             x = plgpu.load(ref, layout=column_layout, optimized=False)
             return lax.broadcast_in_dim(x, (ROWS, columns), [1])
 
+        def rescaled(accs, total, old, new):
+            """accs and total, relative to the maxima `new` after `old`."""
+            if not self.interpreted:
+                *accs, total = _registers.rescaled((*accs, total), old, new)
+                return tuple(accs), total
+            fade = jnp.exp2(old - new)
+            faded = (acc.astype(jnp.float32) * by_row(fade, chunk) for acc in accs)
+            accs = tuple(jnp.round(acc).astype(jnp.int32) if summed else acc for acc in faded)
+            return accs, total * (by_row(fade, 8) if self.integer_p else fade)
+
         def product(a, b, start=None):
             """start + a @ b in start's dtype; no start: zeros in f32."""
             if start is not None and not self.interpreted:
@@ -440,34 +464,73 @@ class _Call:
             fresh = pl.run_scoped(issue, plgpu.ACC((ROWS, b.shape[1]), dtype))
             return fresh if start is None else start + fresh
 
+        def masked(s, real):
+            """Keys past the end become -inf; of integers, the bits of -2^120, which are below every score's."""
+            if self.kv_tokens % keys == 0:
+                return s
+            lowest = _MASKED_BITS if s.dtype == jnp.int32 else -jnp.inf
+
+            def mask(s):
+                if not self.interpreted:
+                    return _registers.first_columns(s, vector(real), lowest)
+                key = plgpu.broadcasted_iota(jnp.int32, (ROWS, keys), 1, layout=plgpu.Layout.WGMMA)
+                return jnp.where(key.astype(jnp.float32) < real, s, lowest)
+
+            return lax.cond(real < keys, mask, lambda s: s, s)
+
         def scores(slot):
-            """(s f32 [64, keys], factor f32 [64]): their product is the scores in log2 units."""
+            """(s f32 [64, keys], top f32 [64], factor f32 [64]): factor * s is the scores in log2 units, top the
+            maximum of s; with `folded`, both are MAGIC higher."""
             start = matrix(keys, MAGIC_BITS, jnp.int32) if self.integer_scores else None
             s = product(smem["q"].at[wg], smem["k"].at[slot].transpose((1, 0)), start)
-            if self.integer_scores:
-                s = lax.bitcast_convert_type(s, jnp.float32) - MAGIC
-            if "k_row" in smem:
-                s = s * by_column(smem["k_row"].at[slot], keys)
             scale, real = smem["facts"][slot, 0], smem["facts"][slot, 1]
+            if "k_row" in smem:
+                if self.integer_scores:
+                    s = lax.bitcast_convert_type(s, jnp.float32) - MAGIC
+                s = s * by_column(smem["k_row"].at[slot], keys)
             plgpu.barrier_arrive(bars["k_free"].at[slot])
-            if self.kv_tokens % keys:
-
-                def masked(s):
-                    key = plgpu.broadcasted_iota(jnp.int32, (ROWS, keys), 1, layout=plgpu.Layout.WGMMA)
-                    return jnp.where(key.astype(jnp.float32) < real, s, -jnp.inf)
-
-                s = lax.cond(real < keys, masked, lambda s: s, s)
+            s = masked(s, real)
+            top = s.max(axis=1)
+            if s.dtype == jnp.int32:  # positive floats order as their bits do, and integers have a maximum of three
+                s, top = (lax.bitcast_convert_type(x, jnp.float32) for x in (s, top))
+                s, top = (s, top) if folded else (s - MAGIC, top - MAGIC)
             scale = scale * self.to_log2
-            return s, vector(scale) if q_row is None else q_row * scale
+            factor = vector(scale) if q_row is None else q_row * scale
+            return s, top, factor
 
-        def rounded(p):
-            """P in levels -> (as the product's left operand, its row sums)."""
+        def exponents(s, top, factor, relative, behind):
+            """(x [64, keys], scale [64]): scale * 2^x is P, which is 1 where scores are `relative`, in levels.
+
+            behind: how far `relative` is above top * factor, None for nothing.
+            """
+            if not folded:  # the levels of a float P ride on the exponent: levels * 2^x = 2^(x + log2 levels)
+                below = relative if self.integer_p else relative - math.log2(levels)
+                return s * by_row(factor, keys) - by_row(below, keys), vector(levels)
+            # MAGIC * factor is subtracted with the rest, and `scale` gives back what rounding takes there: up to one
+            # step of s. Steps of more than 64 would overflow it; P has a single key then, whatever the factor.
+            factor = jnp.minimum(factor, 64.0)
+            lifted = top * factor if behind is None else top * factor + behind
+            lifted = lax.optimization_barrier(lifted)  # rounded: not to be contracted with the product below
+            if self.interpreted:  # a CPU may round the products
+                x = _registers.product_error(s, by_row(factor, keys), by_row(-lifted, keys))
+                gained = _registers.product_error(top, factor, -lifted)
+            else:
+                x = s * by_row(factor, keys) - by_row(lifted, keys)
+                gained = _registers.fma(top, factor, -lifted)
+            gained = gained - math.log2(levels)
+            return x, jnp.exp2(-(gained if behind is None else gained + behind))
+
+        def rounded(p, scale):
+            """scale * P, of an integer P -> (as the product's left operand, its row sums).
+
+            Of an integer P, sums of shares [64, 8], so that no thread waits for another.
+            """
             if self.integer_p:
-                biased = p + MAGIC  # rounds to nearest, half to even
-                row_sum = (biased - MAGIC).sum(axis=1)
+                biased = p * by_row(scale, keys) + MAGIC  # rounds to nearest, half to even
                 if not self.interpreted:
-                    return _registers.pack(biased), row_sum
+                    return _registers.pack(biased)
                 p = biased - MAGIC
+                row_sum = p.reshape(ROWS, -1, 8).sum(axis=1)
             short = p.astype(self.pv_dtype)
             if not self.integer_p:
                 if self.pv == "bf16":
@@ -484,28 +547,35 @@ class _Call:
             accs, top, total = carry
             slot = (which * stages if own_list else 0) + lax.rem(i, jnp.array(stages, i.dtype))
             plgpu.barrier_wait(bars["k"].at[slot])
-            s, factor = scores(slot)
-            block_top = s.max(axis=1) * factor
+            s, s_top, factor = scores(slot)
+            block_top = (s_top - MAGIC if folded else s_top) * factor
             new_top = jnp.maximum(top, block_top)
-            relative = block_top if self.pv != "bf16" and self.p_scale == "block" else new_top
-            # The levels of P ride on the exponent: levels * 2^x = 2^(x + log2 levels).
-            p = jnp.exp2(s * by_row(factor, keys) - by_row(relative - math.log2(levels), keys))
-            p, row_sum = rounded(p)
-            fade, weight = jnp.exp2(top - new_top), jnp.exp2(relative - new_top)
-            total = total * fade + row_sum * weight
+            # A block 128 halvings behind has P = 0, like one further behind.
+            relative, behind = (block_top, None) if local else (new_top, jnp.minimum(new_top - block_top, 128.0))
+            x, scale = exponents(s, s_top, factor, relative, behind)
+            p, row_sum = rounded(jnp.exp2(x), scale)
+            accs, total = rescaled(accs, total, top, new_top)
+            weight = jnp.exp2(relative - new_top) if local else None
+            total = total + scaled(row_sum, weight)
             plgpu.barrier_wait(bars["v"].at[slot])
             v = smem["v"].at[slot]
             if self.pv == "bf16":
-                accs = (product(p, v, accs[0] * by_row(fade, chunk)),)
+                accs = (product(p, v, accs[0]),)
+            elif summed:
+                channels = (v.at[pl.ds(n * chunk, chunk)].transpose((1, 0)) for n in range(len(accs)))
+                accs = tuple(product(p, v, acc) for v, acc in zip(channels, accs, strict=True))
             else:
-                accs = tuple(
-                    acc * by_row(fade, chunk) + weighted(p, v, slot, n * chunk) * by_row(weight, chunk)
-                    for n, acc in enumerate(accs)
-                )
+                accs = tuple(acc + scaled(block_out(p, v, slot, n * chunk), weight) for n, acc in enumerate(accs))
             plgpu.barrier_arrive(bars["v_free"].at[slot])
             return accs, new_top, total
 
-        def weighted(p, v, slot, channel):
+        def scaled(x, weight):
+            """x times weight by row; no weight is 1."""
+            if weight is None:
+                return x
+            return x * (by_row(weight, x.shape[1]) if x.ndim == 2 else weight)
+
+        def block_out(p, v, slot, channel):
             """P @ V of `chunk` channels, with V's scale where it differs by block."""
             channels = pl.ds(channel, chunk)
             start = matrix(chunk, MAGIC_BITS, jnp.int32) if self.integer_p else None
@@ -514,8 +584,11 @@ class _Call:
                 o = lax.bitcast_convert_type(o, jnp.float32) - MAGIC
             return o * by_column(smem["v_block"].at[slot, channels], chunk) if "v_block" in smem else o
 
-        zeros = tuple(matrix(chunk, 0.0) for _ in range(self.dim // chunk))
-        accs, top, total = lax.fori_loop(0, steps, step, (zeros, vector(_LOWEST), vector(0.0)))
+        zero = (0, jnp.int32) if summed else (0.0, jnp.float32)
+        zeros = tuple(matrix(chunk, *zero) for _ in range(self.dim // chunk))
+        nothing = matrix(8, 0.0) if self.integer_p else vector(0.0)
+        accs, top, total = lax.fori_loop(0, steps, step, (zeros, vector(_LOWEST), nothing))
+        total = total.sum(axis=1) if self.integer_p else total
 
         some = total != 0  # NaN stays NaN
         total = jnp.where(some, total, 1.0)
@@ -527,7 +600,7 @@ class _Call:
         writes = jnp.where(live, jnp.clip(self.q_tokens - first, 0, ROWS), 0)
         for channel in range(0, self.dim, width):
             acc = accs[channel // chunk][:, channel % chunk : channel % chunk + width]
-            o = acc / by_row(total, width)
+            o = acc.astype(jnp.float32) / by_row(total, width)
             if "v_channel" in smem:
                 o = o * by_column(smem["v_channel"].at[wg, pl.ds(channel, width)], width)
             plgpu.wait_smem_to_gmem(0)  # the chunk before has left

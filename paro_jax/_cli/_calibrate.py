@@ -229,10 +229,10 @@ def _demo(args: argparse.Namespace, edges: list[float], check: Callable) -> tupl
     grid = replace(model.CONFIG.grid, bricks=tuple(args.bricks))
     check(grid)
     prompts = args.prompts or _PROMPTS
-    scenes = [data.random_scene(demo.CALIBRATION_SEED + i) for i in range(prompts)]
-    with tqdm(total=prompts, desc="capture", unit="prompt", disable=None) as bar:
-        steps = demo.capture_steps(demo.STEPS, edges)
-        samples = demo.Capture(demo.load_model(), scenes, demo.STEPS, steps, lambda: bar.update())
+    generate = demo.Generator(demo.load_model(), demo.STEPS)
+    at, samples = demo.capture_steps(demo.STEPS, edges), []
+    for prompt in tqdm(range(prompts), desc="capture", unit="prompt", disable=None):
+        samples += demo.capture(generate.net, generate(data.random_scene(demo.CALIBRATION_SEED + prompt)), at)
     return samples, grid, "demo", {"prompts": prompts, "steps": demo.STEPS}
 
 

@@ -27,6 +27,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     short = ("name", "registers", "spills", "shared_memory", "barriers", "bound_ratio")
     _show.table(f"kernels for {args.target}", rows, short)
-    for title, key in (("warp instructions per 128 x 128 scores", "instructions"), ("clocks of one SM", "clocks")):
-        _show.table(title, [{"name": row["name"], **{k: round(v) for k, v in row[key].items()}} for row in rows])
+    arrange = [row for row in rows if "memory" in row["clocks"]]
+    attention = [row for row in rows if "memory" not in row["clocks"]]
+    for unit, some in (("128 x 128 scores", attention), ("128 tokens of a head", arrange)):
+        for title, key in ((f"warp instructions per {unit}", "instructions"), (f"clocks of one SM, {unit}", "clocks")):
+            _show.table(title, [{"name": row["name"], **{k: round(v) for k, v in row[key].items()}} for row in some])
     return 0

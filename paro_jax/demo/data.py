@@ -3,8 +3,8 @@
 Two textured shapes move, turn and pass behind each other over a textured ground while the camera pans. A caption names
 colour, texture, shape and motion of each, the ground and the camera. Everything follows from an integer seed.
 
-The caption fixes nearly all of a video: the nearer shape stands left of the middle, the farther right of it, each a few
-pixels from its place. So small a world can be learned on a CPU in hours.
+The caption fixes nearly all of a video: the nearer shape stands left of the middle, the farther right of it, each
+within a pixel or two of its place. So small a world can be learned on a CPU in hours.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ GROUNDS = {
     "night": (0.10, 0.10, 0.20),
 }
 PLACES = ((0.5, 0.38), (0.5, 0.62))  # of the shapes, as shares of height and width
+SIZE, CHANCE = 10, 1.5  # of a shape, and how far it may stand from its place, in pixels
 SPEED, CAMERA_SPEED, TURN = 1.6, 1.2, 0.2  # pixels, pixels and radians a frame
 CAMERAS = {"static": (0, 0), "panleft": (0, -1), "panright": (0, 1), "panup": (-1, 0)}
 
@@ -44,7 +45,7 @@ CAPTION_WORDS = 12
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """One video's description; `seed` fixes what the caption leaves open (exact places, sizes, the ground's phases)."""
+    """One video's description; `seed` fixes what the caption leaves open (exact places, the ground's phases)."""
 
     shapes: tuple[tuple[str, str, str, str], ...]  # (colour, texture, shape, motion), nearest to the camera first
     ground: str
@@ -100,10 +101,10 @@ def _texture(kind: str, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     return np.ones_like(y)
 
 
-def render(scene: Scene) -> np.ndarray:
-    """The scene as f32 `[FRAMES, HEIGHT, WIDTH, 3]` in [-1, 1]."""
+def render(scene: Scene, frames: range = range(FRAMES)) -> np.ndarray:
+    """Those frames of the scene as f32 `[len(frames), HEIGHT, WIDTH, 3]` in [-1, 1]."""
     r = np.random.default_rng((scene.seed, 1))
-    t = np.arange(FRAMES, dtype=np.float32)[:, None, None]
+    t = np.array(frames, np.float32)[:, None, None]
     y, x = np.meshgrid(np.arange(HEIGHT, dtype=np.float32), np.arange(WIDTH, dtype=np.float32), indexing="ij")
     camera_y, camera_x = (CAMERA_SPEED * c for c in CAMERAS[scene.camera])
     world_y, world_x = y[None] + camera_y * t, x[None] + camera_x * t
@@ -115,15 +116,14 @@ def render(scene: Scene) -> np.ndarray:
 
     # The farthest first, nearer ones cover it.
     for place, (colour, texture, shape, motion) in reversed(list(zip(PLACES, scene.shapes, strict=True))):
-        size = r.uniform(9, 10.5)
         step_y, step_x = (SPEED * m for m in MOTIONS[motion])
         # Where the shape is in the middle frame.
-        y0, x0 = (share * n + r.uniform(-4, 4) for share, n in zip(place, (HEIGHT, WIDTH), strict=True))
+        y0, x0 = (share * n + r.uniform(-CHANCE, CHANCE) for share, n in zip(place, (HEIGHT, WIDTH), strict=True))
         dy = y[None] - y0 - (step_y - 0.5 * camera_y) * (t - FRAMES // 2)
         dx = x[None] - x0 - (step_x - 0.5 * camera_x) * (t - FRAMES // 2)
         angle = TURN * t if motion == "spinning" else np.zeros_like(t)
         own_y, own_x = np.cos(angle) * dy - np.sin(angle) * dx, np.sin(angle) * dy + np.cos(angle) * dx
-        cover = _coverage(shape, own_y, own_x, size)[..., None]
+        cover = _coverage(shape, own_y, own_x, SIZE)[..., None]
         paint = np.array(COLOURS[colour], np.float32) * _texture(texture, own_y, own_x)[..., None]
         video = video * (1 - cover) + paint * cover
     return (np.clip(video, 0, 1) * 2 - 1).astype(np.float32)

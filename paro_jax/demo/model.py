@@ -45,38 +45,38 @@ class DemoModel(nnx.Module):
         self.places = nnx.Embed(config.text_length, config.text_embed_dim, rngs=rngs)
         self.transformer = CogVideoX(config, rngs=rngs)
 
-    def __call__(self, latents: Array, timestep: Array, words: Array, at: Array | None = None, **options) -> Array:
+    def __call__(self, latents: Array, timestep: Array, words: Array, first: Array | None = None, **options) -> Array:
         """latents `[B, F, 12, H, W]`, timestep `[B]`, words int32 `[B, T]`; options as `CogVideoX.__call__`.
 
-        `at`: int32 `[B, 3]`, the place (frame, row, column) of a crop in the whole video; None is the whole.
+        `first`: int32 `[B]`, which frame of the video the first one is; None is 0.
         """
-        return self.transformer(*self.inputs(latents, timestep, words, at), **options)
+        return self.transformer(*self.inputs(latents, timestep, words, first), **options)
 
     def capture(self, latents: Array, timestep: Array, words: Array) -> Iterator[Heads]:
         """q, k, v of one layer after the other, as `CogVideoX.capture`."""
         yield from self.transformer.capture(*self.inputs(latents, timestep, words))
 
-    def inputs(self, latents: Array, timestep: Array, words: Array, at: Array | None = None) -> tuple[Array, ...]:
+    def inputs(self, latents: Array, timestep: Array, words: Array, first: Array | None = None) -> tuple[Array, ...]:
         """What the transformer takes: latents and `where`, timestep, text embeddings `[B, T, E]`."""
-        latents = jnp.concatenate([latents, where(latents.shape, at).astype(latents.dtype)], axis=2)
+        latents = jnp.concatenate([latents, where(latents.shape, first).astype(latents.dtype)], axis=2)
         text = self.words(words) + self.places(jnp.arange(words.shape[1]))[None]
         return latents, timestep, text.astype(latents.dtype)
 
 
-def where(shape: tuple[int, ...], at: Array | None = None, config: CogVideoXConfig = CONFIG) -> Array:
+def where(shape: tuple[int, ...], first: Array | None = None, config: CogVideoXConfig = CONFIG) -> Array:
     """Places in the video as f32 `[B, F, 15, H, W]`: per axis u in [-1, 1], and sine and cosine of pi u and 2 pi u.
 
-    `shape`: `[B, F, C, H, W]`; `at` as of `DemoModel`.
+    `shape`: `[B, F, C, H, W]`; `first` as of `DemoModel`.
     """
     batch, frames, _, height, width = shape
-    at = jnp.zeros((batch, 3), jnp.int32) if at is None else at
-    sizes, whole = (frames, height, width), (config.frames, config.height, config.width)
+    first = jnp.zeros(batch, jnp.int32) if first is None else first
+    whole = (config.frames, config.height, config.width)
     parts = []
-    for axis in range(3):
-        u = (at[:, axis, None] + jnp.arange(sizes[axis])[None] + 0.5) * (2 / whole[axis]) - 1
+    for axis, size in enumerate((frames, height, width)):
+        u = (jnp.arange(size)[None] + (first[:, None] if axis == 0 else 0) + 0.5) * (2 / whole[axis]) - 1
         waves = jnp.stack([u, *(wave(n * jnp.pi * u) for n in (1, 2) for wave in (jnp.sin, jnp.cos))], axis=1)
         others = [2 + other for other in range(3) if other != axis]
-        parts.append(jnp.broadcast_to(jnp.expand_dims(waves, others), (batch, 5, *sizes)))
+        parts.append(jnp.broadcast_to(jnp.expand_dims(waves, others), (batch, 5, frames, height, width)))
     return jnp.swapaxes(jnp.concatenate(parts, axis=1), 1, 2)
 
 

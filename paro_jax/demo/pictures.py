@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from paro_jax import AttentionPlan
 from paro_jax.demo import data
 
-Videos = dict[tuple[str, float, str], list[tuple[np.ndarray, float]]]
+if TYPE_CHECKING:
+    from paro_jax.demo.run import Video
+
+Videos = dict[tuple[str, float, str], "list[Video]"]  # (method, density, width) -> one for each prompt
 COLOURS = {"FHW": "#4c78a8", "FWH": "#72b7b2", "HWF": "#f58518", "HFW": "#eeca3b", "WHF": "#e45756", "WFH": "#b279a2"}
 METHODS = {"PARO": "#e45756", "no reorder": "#4c78a8", "window": "#9d9d9d"}
 
@@ -152,7 +155,7 @@ def frames(path: str | os.PathLike, made: Videos, captions: list[str], prompt: i
     axes = figure.subplots(len(made), len(at), squeeze=False)
     for row, (key, videos) in zip(axes, made.items(), strict=True):
         for axis, f in zip(row, at, strict=True):
-            axis.imshow((videos[prompt][0][f] + 1) / 2, interpolation="nearest")
+            axis.imshow((videos[prompt].pixels[f] + 1) / 2, interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
         label = _name(key).replace(f" {key[1]:.0%}", f"\n{key[1]:.0%}")
@@ -169,7 +172,8 @@ def movie(path: str | os.PathLike, made: Videos, density: float, prompt: int = 0
     keys += [("no reorder", density, "bf16"), ("window", density, "bf16")]
     images = []
     for f in range(data.FRAMES):
-        shown = [np.pad((made[key][prompt][0][f] + 1) / 2, ((0, 0), (0, 1), (0, 0)), constant_values=1) for key in keys]
+        shown = [(made[key][prompt].pixels[f] + 1) / 2 for key in keys]
+        shown = [np.pad(picture, ((0, 0), (0, 1), (0, 0)), constant_values=1) for picture in shown]
         strip = Image.fromarray((np.concatenate(shown, 1) * 255).astype(np.uint8))
         strip = strip.resize((strip.width * scale, strip.height * scale), Image.Resampling.NEAREST)
         page = Image.new("RGB", (strip.width, strip.height + 18), "white")

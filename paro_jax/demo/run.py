@@ -53,16 +53,13 @@ def _twice(x: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="steps")
 def _sample(net: model.DemoModel, words: jax.Array, noise: jax.Array, plan: AttentionPlan | None, *, steps: int):
-    def v(x, t, step):
-        return predict(net, words, x, t, None if plan is None else plan.at_step(step, steps))
+    """The video's latents, and the latents `[steps, ...]` that the model was given at every step."""
 
-    return samplers.ddim(v, noise, steps=steps, schedule=model.SCHEDULE)
+    def step(x, index):
+        v = predict(net, words, x, _time(index, steps), None if plan is None else plan.at_step(index, steps))
+        return samplers.ddim_step(x, v, index, steps=steps, schedule=model.SCHEDULE), x
 
-
-@functools.partial(jax.jit, static_argnames="steps")
-def _step(net: model.DemoModel, words: jax.Array, x: jax.Array, index: jax.Array, *, steps: int) -> jax.Array:
-    v = predict(net, words, x, _time(index, steps))
-    return samplers.ddim_step(x, v, index, steps=steps, schedule=model.SCHEDULE)
+    return jax.lax.scan(step, noise, jnp.arange(steps, dtype=jnp.int32))
 
 
 def _time(index: jax.Array | int, steps: int) -> jax.Array:
@@ -76,45 +73,41 @@ def words_for(scene: data.Scene) -> np.ndarray:
     return np.stack([ids, np.zeros_like(ids)])
 
 
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """A generated video f32 `[F, H, W, 3]` in [-1, 1], the seconds of its denoising, and what the model was given."""
+
+    scene: data.Scene
+    pixels: np.ndarray
+    seconds: float
+    latents: np.ndarray  # [steps, 1, F, C, H, W], before each step
+
+
 class Generator:
     """Makes videos; compiles once for every kind of plan and keeps compile time out of the seconds it reports."""
 
     def __init__(self, net: model.DemoModel, steps: int):
         self.net, self.steps, self.compiled = net, steps, {}
 
-    def __call__(self, scene: data.Scene, plan: AttentionPlan | None = None) -> tuple[np.ndarray, float]:
-        """The video f32 `[F, H, W, 3]` in [-1, 1] and the seconds its denoising took."""
+    def __call__(self, scene: data.Scene, plan: AttentionPlan | None = None) -> Video:
         args = (self.net, words_for(scene), model.initial_noise(scene.seed), plan)
         key = jax.tree.structure(plan)
         if key not in self.compiled:
             self.compiled[key] = _sample.lower(*args, steps=self.steps).compile()
         start = time.perf_counter()
-        latents = jax.block_until_ready(self.compiled[key](*args))
-        return data.to_video(np.asarray(latents[0])), time.perf_counter() - start
+        last, given = jax.block_until_ready(self.compiled[key](*args))
+        seconds = time.perf_counter() - start
+        return Video(scene, data.to_video(np.asarray(last[0])), seconds, np.asarray(given))
 
 
-class Capture:
-    """Attention inputs of some scenes at some steps: a re-iterable of `calibrate.Sample`, made once, kept in memory."""
-
-    def __init__(self, net: model.DemoModel, scenes: Iterable[data.Scene], steps: int, at: Sequence[int], tick=None):
-        self.samples: list[calibrate.Sample] = []
-        for scene in scenes:
-            words, x = jnp.asarray(words_for(scene)), jnp.asarray(model.initial_noise(scene.seed))
-            for index in range(max(at) + 1):
-                if index in at:
-                    seen = net.capture(_twice(x), _twice(_time(index, steps)), words)
-                    self.samples += [
-                        calibrate.Sample(site, index / steps, *map(np.asarray, qkv)) for site, qkv in enumerate(seen)
-                    ]
-                x = _step(net, words, x, jnp.asarray(index), steps=steps)
-            if tick:
-                tick()
-
-    def __iter__(self):
-        return iter(self.samples)
-
-    def __len__(self) -> int:
-        return len(self.samples)
+def capture(net: model.DemoModel, video: Video, at: Sequence[int]) -> list[calibrate.Sample]:
+    """Attention inputs of a dense video at some of its steps, all layers."""
+    steps, words = len(video.latents), jnp.asarray(words_for(video.scene))
+    return [
+        calibrate.Sample(site, index / steps, *map(np.asarray, qkv))
+        for index in at
+        for site, qkv in enumerate(net.capture(_twice(video.latents[index]), _twice(_time(index, steps)), words))
+    ]
 
 
 def bucket_edges(steps: int) -> tuple[float, ...]:
@@ -172,8 +165,15 @@ def run_demo(
 
     edges = bucket_edges(steps)
     at = capture_steps(steps, edges)
-    calibration = Capture(net, [data.random_scene(CALIBRATION_SEED)], steps, at, lambda: tick("capture"))
-    heldout = Capture(net, scenes[:1], steps, at, lambda: tick("capture held-out"))
+    generate = Generator(net, steps)
+    calibration = capture(net, generate(data.random_scene(CALIBRATION_SEED)), at)
+    tick("capture")
+    dense = []
+    for scene in scenes:
+        dense.append(generate(scene))
+        tick("dense")
+    heldout = capture(net, dense[0], at)
+    tick("capture held-out")
 
     make = functools.partial(
         calibrate.make_plans, calibration, grid, densities=densities, block=BLOCK, bucket_edges=edges, progress=False
@@ -184,20 +184,15 @@ def run_demo(
         plans["window", density] = window_plan(plans["PARO", density], density)
     tick("calibrate")
 
-    retained = {key: retained_mass(plan, heldout, steps) for key, plan in plans.items()}
+    retained = dict(zip(plans, retained_mass(list(plans.values()), heldout, steps), strict=True))
     tick("retained mass")
 
-    generate = Generator(net, steps)
-    dense = []
-    for scene in scenes:
-        dense.append(generate(scene))
-        tick("dense")
     methods = ("PARO", "no reorder", "window")
     jobs: list[tuple[str, float, Width]] = []
     for width, compared in zip(WIDTHS, (methods, methods[:1], methods[:1]), strict=True):
         jobs.extend((method, density, width) for density in densities for method in compared)
     rows = [_row("dense", 1.0, "bf16", 1.0, dense, dense)]
-    made: dict[tuple[str, float, str], list[tuple[np.ndarray, float]]] = {("dense", 1.0, "bf16"): dense}
+    made: dict[tuple[str, float, str], list[Video]] = {("dense", 1.0, "bf16"): dense}
     for method, density, width in jobs:
         plan = plans[method, density]
         if width != "bf16":
@@ -254,14 +249,18 @@ def window_plan(like: AttentionPlan, density: float) -> AttentionPlan:
     return AttentionPlan.build(like.grid, order=like.grid.orders[0], mask=mask, bucket_edges=like.bucket_edges)
 
 
-def retained_mass(plan: AttentionPlan, samples: Iterable[calibrate.Sample], steps: int) -> float:
-    """Attention mass inside the plan's kept blocks, over all samples and heads: 1 is all of it."""
-    kept = []
+def retained_mass(plans: Sequence[AttentionPlan], samples: Iterable[calibrate.Sample], steps: int) -> list[float]:
+    """Attention mass inside each plan's kept blocks, over all samples and heads: 1 is all of it."""
+    kept: list[list[float]] = [[] for _ in plans]
     for sample in samples:
-        site = plan.at_step(round(sample.step * steps), steps)[sample.site]
-        mass = calibrate.block_mass(sample.q, sample.k, plan.grid, site.order_list(), plan.block)
-        kept.append(np.mean(metrics.retained_mass(mass, site.mask().keep)))
-    return float(np.mean(kept))
+        masses = {}  # plans share orders, and mass knows nothing else of a plan
+        for mine, plan in zip(kept, plans, strict=True):
+            site = plan.at_step(round(sample.step * steps), steps)[sample.site]
+            key = tuple(site.order_list()), plan.block
+            if key not in masses:
+                masses[key] = calibrate.block_mass(sample.q, sample.k, plan.grid, *key)
+            mine.append(float(np.mean(metrics.retained_mass(masses[key], site.mask().keep))))
+    return [float(np.mean(mine)) for mine in kept]
 
 
 def _orders(plan: AttentionPlan) -> list[list[str]]:
@@ -271,9 +270,12 @@ def _orders(plan: AttentionPlan) -> list[list[str]]:
     return [[plan.order_names[i] for i in row] for row in names]
 
 
-def _row(method: str, density: float, width: str, kept: float, dense: list, results: list) -> dict[str, Any]:
+def _row(
+    method: str, density: float, width: str, kept: float, dense: list[Video], results: list[Video]
+) -> dict[str, Any]:
+    both = [(a.pixels, b.pixels) for a, b in zip(dense, results, strict=True)]
     # Pixels in [0, 1]: SSIM's luminance term is not the same for shifted values.
-    pairs = [((a + 1) / 2, (b + 1) / 2) for (a, _), (b, _) in zip(dense, results, strict=True)]
+    pairs = [((a + 1) / 2, (b + 1) / 2) for a, b in both]
 
     def mean(f) -> float:
         return float(np.mean([float(f(a, b)) for a, b in pairs]))
@@ -287,7 +289,7 @@ def _row(method: str, density: float, width: str, kept: float, dense: list, resu
         # Equal videos have infinite PSNR, which JSON cannot say: null.
         "psnr": psnr if np.isfinite(psnr) else None,
         "ssim": mean(lambda a, b: metrics.ssim(a, b, data_range=1.0)),
-        "cosine": float(np.mean([float(metrics.cosine(a, b)) for (a, _), (b, _) in zip(dense, results, strict=True)])),
+        "cosine": float(np.mean([float(metrics.cosine(a, b)) for a, b in both])),
         "retained_mass": float(kept),
-        "seconds": float(np.mean([s for _, s in results])),
+        "seconds": float(np.mean([video.seconds for video in results])),
     }

@@ -70,6 +70,7 @@ def save_checkpoint(model: Model, path: str | os.PathLike, *, force: bool = Fals
             "files": _sizes(new),
         }
         (new / "config.json").write_text(json.dumps(header, indent=1) + "\n")
+        check_free(path, force=force)  # again: writing takes minutes, in which something else may have come there
         _put(new, path)
     except OSError as error:
         raise WeightsError(f"{path} could not be written ({error}); what was there is as it was.") from error

@@ -237,6 +237,13 @@ def _flux(given: Mapping[str, Any]) -> tuple[dict[str, tuple], Config]:
     return needs, _published(config, ("height", "width", "text_length"))
 
 
+def _video(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that the configs of CogVideoX and Wan share."""
+    ours = {"num_layers": "num_layers", "num_heads": "num_attention_heads", "head_dim": "attention_head_dim"}
+    ours |= {"in_channels": "in_channels", "out_channels": "out_channels"}
+    return {field: given[theirs] for field, theirs in ours.items()}
+
+
 def _cogvideox(given: Mapping[str, Any]) -> tuple[dict[str, tuple], Config]:
     rotary, frames = given["use_rotary_positional_embeddings"], given["patch_size_t"]
     needs: dict[str, tuple] = {
@@ -260,11 +267,7 @@ def _cogvideox(given: Mapping[str, Any]) -> tuple[dict[str, tuple], Config]:
     if frames is not None:
         needs["use_rotary_positional_embeddings"] = (True,)
     config = cogvideox.CogVideoXConfig(
-        num_layers=given["num_layers"],
-        num_heads=given["num_attention_heads"],
-        head_dim=given["attention_head_dim"],
-        in_channels=given["in_channels"],
-        out_channels=given["out_channels"],
+        **_video(given),
         time_embed_dim=given["time_embed_dim"],
         text_embed_dim=given["text_embed_dim"],
         text_length=given["max_text_seq_length"],
@@ -292,11 +295,7 @@ def _wan(given: Mapping[str, Any]) -> tuple[dict[str, tuple], Config]:
         "rope_max_seq_len": (1024,),
     }
     config = wan.WanConfig(
-        num_layers=given["num_layers"],
-        num_heads=given["num_attention_heads"],
-        head_dim=given["attention_head_dim"],
-        in_channels=given["in_channels"],
-        out_channels=given["out_channels"],
+        **_video(given),
         text_embed_dim=given["text_dim"],
         time_embed_dim=given["freq_dim"],
         mlp_dim=given["ffn_dim"],

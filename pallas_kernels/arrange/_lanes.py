@@ -1,0 +1,158 @@
+"""Arithmetic by thread that Mosaic GPU has no name for: a gather, a rotation of pairs, a transposition in registers.
+
+Each function has two bodies of one meaning: Mosaic's registers, and plain jnp for the interpreter, which knows no
+inline code. Private names of Mosaic live here, as in `_registers`.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels._registers import mosaic
+
+
+class Lanes(NamedTuple):
+    """Who holds what of a tile f32 [rows, dim], of its pairs' tables [rows, dim / 2], and of its transpose."""
+
+    tile: Any
+    pairs: Any
+    transpose: Any  # [dim, 4 * rows], of four tiles; None where rows are stored as they are
+
+
+@cache
+def rows(dim: int, vector: int) -> Lanes:
+    """A thread holds `vector` channels and its neighbour the next ones, so that warps load and store whole rows."""
+    across = 1
+    while across < 32 and dim // vector % (2 * across) == 0:
+        across *= 2
+    down = 32 // across
+
+    def layout(vector: int) -> Any:
+        return _tiled(((4 * down, across * vector), (down, across * vector), (vector,)), (-5,), (-3, -2))
+
+    return Lanes(layout(vector), layout(vector // 2), None)
+
+
+@cache
+def columns() -> Lanes:
+    """A thread holds 2 channels of one row, and so of four tiles the 2 x 4 values that are words of their transpose."""
+
+    def layout(vector: int) -> Any:
+        return _tiled(((16, 8 * vector), (4, 8 * vector), (vector,)), (-5,), (-3, -2))
+
+    return Lanes(layout(2), layout(1), _tiled(((16, 64), (16, 16), (2, 4)), (-5,), (-3, -4)))
+
+
+def _tiled(tiles: tuple[tuple[int, ...], ...], warps: tuple[int, ...], lanes: tuple[int, ...]) -> Any:
+    from jax.experimental.mosaic.gpu import fragmented_array as fa
+
+    layout = fa.TiledLayout(
+        fa.Tiling(tiles), warp_dims=warps, lane_dims=lanes, vector_dim=-1, _check_canonical=False
+    ).canonicalize()
+    return mosaic().Layout.TILED(
+        layout.tiling, warp_dims=layout.warp_dims, lane_dims=layout.lane_dims, vector_dim=layout.vector_dim
+    )
+
+
+def take(source: Any, index: jax.Array, layout: Any, *, interpreted: bool) -> jax.Array:
+    """source[index], the source a reference [n] in device memory; nothing checks the index here.
+
+    The elements a thread holds side by side must be neighbours in the source: it loads them at once.
+    """
+    if interpreted:
+        return source[...].at[index].get(mode="fill")  # NaN or the smallest integer where out of range
+
+    from jax.experimental.mosaic.gpu import fragmented_array as fa
+    from jax.experimental.mosaic.gpu import utils as mgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm
+
+    plgpu = mosaic()
+    signed = True if jnp.issubdtype(source.dtype, jnp.integer) else None
+
+    def load(ctx: Any, source: Any, index: Any) -> Any:
+        i64 = ir.IntegerType.get_signless(64)
+        element = ir.MemRefType(source.type).element_type
+        vector = index.layout.registers_element_type(element)
+        size = index.layout.vector_length * mgpu.bitwidth(element) // 8
+        pointer = llvm.addrspacecast(llvm.PointerType.get(address_space=1), mgpu.memref_ptr(source))
+        registers = np.empty(index.registers.shape, dtype=object)
+        for place, first in np.ndenumerate(index.registers):
+            address = mgpu.getelementptr(pointer, [arith.extsi(i64, _element(first, 0))], element)
+            registers[place] = llvm.load(vector, address, alignment=min(size, 16), invariant=True)
+        return fa.FragmentedArray(_registers=registers, _layout=index.layout, _is_signed=signed)
+
+    out = plgpu.ShapeDtypeStruct(index.shape, source.dtype, layout=layout)
+    inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout), return_type=out)
+    return inline(load)(source, index)
+
+
+def rotated(x: jax.Array, cos: jax.Array, sin: jax.Array, lanes: Lanes, *, interpreted: bool) -> jax.Array:
+    """x f32 [rows, dim] with each pair (x[2i], x[2i + 1]) turned; cos, sin f32 [rows, dim / 2]."""
+    if interpreted:
+        even, odd = x[:, 0::2], x[:, 1::2]
+        return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
+
+    from jax.experimental.mosaic.gpu import fragmented_array as fa
+    from jaxlib.mlir.dialects import arith, vector
+
+    plgpu = mosaic()
+
+    def turn(ctx: Any, x: Any, cos: Any, sin: Any) -> Any:
+        registers = np.empty(x.registers.shape, dtype=object)
+        flat = zip(x.registers.flat, cos.registers.flat, sin.registers.flat, strict=True)
+        for place, (pairs, c, s) in enumerate(flat):
+            turned = []
+            for i in range(cos.layout.vector_length):
+                even, odd = _element(pairs, 2 * i), _element(pairs, 2 * i + 1)
+                ci, si = _element(c, i), _element(s, i)
+                turned.append(arith.subf(arith.mulf(even, ci), arith.mulf(odd, si)))
+                turned.append(arith.addf(arith.mulf(even, si), arith.mulf(odd, ci)))
+            registers.flat[place] = vector.from_elements(pairs.type, turned)
+        return fa.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
+
+    out = plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=lanes.tile)
+    inline: Any = plgpu.inline_mgpu(arg_types=(lanes.tile, lanes.pairs, lanes.pairs), return_type=out)
+    return inline(turn)(x, cos, sin)
+
+
+def transposed(tiles: Sequence[jax.Array], *, interpreted: bool) -> jax.Array:
+    """Four tiles f32 [rows, dim] of `columns` -> [dim, 4 * rows] whose column 4r + s is row r of tile s.
+
+    No value changes its thread, and no instruction is spent: registers get other names.
+    """
+    if interpreted:
+        return jnp.stack(tuple(tiles), axis=1).reshape(-1, tiles[0].shape[1]).T
+
+    from jax.experimental.mosaic.gpu import fragmented_array as fa
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import vector
+
+    plgpu, lanes = mosaic(), columns()
+    height, dim = tiles[0].shape
+
+    def rename(ctx: Any, *tiles: Any) -> Any:
+        four = ir.VectorType.get((4,), ir.F32Type.get())
+        layout = lanes.transpose.to_mgpu()
+        registers = np.empty(layout.registers_shape((dim, 4 * height)), dtype=object)
+        down, across = height // 16, dim // 16
+        sources = [tile.registers.reshape(down, across) for tile in tiles]
+        target = registers.reshape(across, down, 2)
+        for i, j, channel in np.ndindex(across, down, 2):
+            target[i, j, channel] = vector.from_elements(four, [_element(s[j, i], channel) for s in sources])
+        return fa.FragmentedArray(_registers=target.reshape(registers.shape), _layout=layout, _is_signed=None)
+
+    out = plgpu.ShapeDtypeStruct((dim, 4 * height), jnp.float32, layout=lanes.transpose)
+    inline: Any = plgpu.inline_mgpu(arg_types=(lanes.tile,) * 4, return_type=out)
+    return inline(rename)(*tiles)
+
+
+def _element(register: Any, place: int) -> Any:
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import vector
+
+    return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([place]))
