@@ -174,14 +174,6 @@ def test_a_mistake_is_one_line(capsys, tmp_path, models, mistake, monkeypatch):
     assert not (tmp_path / "plan").exists()
 
 
-def test_a_plan_is_for_one_of_two_experts(capsys, tmp_path, models):
-    for name in ("transformer", "transformer_2"):
-        (tmp_path / "pipeline" / name).mkdir(parents=True)
-    argv = command(models | {"wan": (tmp_path / "pipeline", models["wan"][1])}, "wan", tmp_path / "plan")
-    status, _, err = paro(capsys, *argv)
-    assert status == 2 and f"give {tmp_path}/pipeline/transformer or" in err and err.count("\n") == 1
-
-
 def test_a_file_cut_short_and_numbers_that_are_not(capsys, tmp_path, models):
     whole, path = models["wan"][1], tmp_path / "e.safetensors"
     path.write_bytes(whole.read_bytes()[:-9])

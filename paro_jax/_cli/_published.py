@@ -187,12 +187,6 @@ def samples(
     family = args.model if args.model in FAMILIES else None
     preset = None if family else args.model
     # All that can be wrong is known before the weights are read, which takes minutes.
-    one, two = (Path(args.weights).expanduser() / folder for folder in ("transformer", "transformer_2"))
-    if one.is_dir() and two.is_dir():
-        raise UserError(
-            f"--weights: {args.weights} holds two experts, and a plan is for one: give {one} or {two}, and with --at "
-            "the steps at which that one is asked"
-        )
     config = weights.config_of(args.weights, model=preset)
     name = type(config).__name__.removesuffix("Config")
     if family and not isinstance(config, FAMILIES[family]):
