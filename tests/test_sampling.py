@@ -22,6 +22,7 @@ from paro_jax.models.samplers import (
     FlowSchedule,
     cosine_guidance,
     dpm,
+    experts,
     flow_euler,
     fresh_noise,
     guided,
@@ -165,6 +166,33 @@ def test_each_step_has_the_plan_of_its_bucket():
     assert asked == [0, 0, 0, 1, 1]
     got = case.sample(around(case, scanned), noise(case, 1), steps=STEPS)
     np.testing.assert_allclose(got, expected, atol=2e-5, rtol=0)
+
+
+def test_two_nets_share_a_run():
+    """Wan 2.2 A14B's recipe: two experts, each with weights, plan and guidance of its own, in one compiled call."""
+    case, scales = CASES["wan"], (4.0, 3.0)
+    net, given, asked = case.build(), inputs(case, 2), []
+    nets = (net, jax.tree.map(lambda w: 0.9 * w, net))
+    plans = [plan_in_buckets(case, seed) for seed in (0, 1)]
+
+    @jax.jit
+    def generate(nets, plans, noise):
+        def by(net, plan, scale):
+            return guided(lambda x, t, step: net(x, t, *given, plan=plan.at_step(step, STEPS)), scale)
+
+        pair = [by(*one) for one in zip(nets, plans, scales, strict=True)]
+        return case.sample(experts(*pair, boundary=0.9), noise, steps=STEPS)
+
+    answer = jax.jit(lambda net, plan, x, t: net(x, t, *given, plan=plan))
+
+    def named(x, timestep, step):
+        asked.append(which := int(timestep[0] < 900))
+        plan = plans[which].at_step(int(step), STEPS)
+        return guided(lambda x, t, _: answer(nets[which], plan, x, t), scales[which])(x, timestep, step)
+
+    expected = case.sample(named, noise(case, 1), steps=STEPS, progress=True)
+    assert asked == [0, 0, 1, 1, 1]
+    np.testing.assert_allclose(generate(nets, plans, noise(case, 1)), expected, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
