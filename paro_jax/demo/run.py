@@ -24,7 +24,7 @@ from paro_jax import AttentionPlan, QuantSpec, Width, metrics, policies, save_pl
 from paro_jax.demo import data, model, pictures
 from paro_jax.models import samplers, weights
 
-STEPS, QUICK_STEPS = 16, 6
+STEPS, QUICK_STEPS = 12, 6
 GUIDANCE = 3.0
 BLOCK = (64, 64)
 DENSITIES = (0.5, 0.3, 0.2)
