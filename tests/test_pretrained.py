@@ -370,6 +370,12 @@ def test_files_that_are_no_weights(tmp_path):
     assert "a pipeline without its transformer/" in fails(tmp_path)
 
 
+def test_a_pipeline_of_two_experts_is_not_half_of_it(cog):
+    cog.with_name("transformer_2").symlink_to(cog)
+    assert "two models, transformer and transformer_2; name the folder of one" in fails(cog.parent)
+    assert from_pretrained(cog.parent / "transformer_2").config == from_pretrained(cog).config
+
+
 def test_the_home_folder(cog, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert from_pretrained("~/pipeline").config.num_layers == 2

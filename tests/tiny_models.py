@@ -53,6 +53,8 @@ WAN = wan.WanConfig(
     height=8,
     width=12,
 )
+# What config.json says of both.
+VIDEO = dict(num_layers=3, num_attention_heads=2, in_channels=4, out_channels=4)
 
 
 class Tiny(NamedTuple):
@@ -107,7 +109,6 @@ def randomise(net: nnx.Module) -> nnx.Module:
     return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
 
 
-VIDEO = dict(num_layers=3, num_attention_heads=2, in_channels=4, out_channels=4)  # published: CogVideoX and Wan
 TINY = {
     "flux": Tiny(
         FLUX,

@@ -59,10 +59,10 @@ def from_pretrained(
 
     Args:
       path: a folder that diffusers saved, of the whole pipeline (its `transformer/` is taken) or of one transformer
-        (the other expert of Wan 2.2 A14B is `transformer_2/`); one safetensors file, in diffusers' layout or, for FLUX
-        and Wan, in their authors'; a folder that `paro convert` wrote; or, with the extra `[port]` and a network, what
-        diffusers has on the Hugging Face hub: "black-forest-labs/FLUX.1-dev", or with the name of the folder behind it,
-        "Wan-AI/Wan2.2-T2V-A14B-Diffusers/transformer_2".
+        (of Wan 2.2 A14B, which has two, `transformer/` or `transformer_2/`); one safetensors file, in diffusers' layout
+        or, for FLUX and Wan, in their authors'; a folder that `paro convert` wrote; or, with the extra `[port]` and a
+        network, what diffusers has on the Hugging Face hub: "black-forest-labs/FLUX.1-dev", or with the name of the
+        folder behind it, "Wan-AI/Wan2.2-T2V-A14B-Diffusers/transformer_2".
       model: None reads the `config.json` beside the weights. Else a name in `PRESETS`, such as "flux-dev", or a config:
         that then decides, for a file that has no `config.json` or for another resolution.
       dtype: of the parameters: float32, bfloat16 or float16. What the originals keep in float32 (Wan's time embedding,
@@ -165,6 +165,7 @@ def _config(place: Path, wanted: Config | None) -> Config:
     return wanted
 
 
+_EXPERTS = ("transformer", "transformer_2")  # of Wan 2.2 A14B: for much noise, and for little
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?")
 
 
@@ -177,6 +178,8 @@ def _locate(path: str | os.PathLike) -> Path:
         raise WeightsError(f"{place}: no such file or folder; check the path.")
     if (place / "model_index.json").is_file() and not (place / "transformer").is_dir():
         raise WeightsError(f"{place}: a pipeline without its transformer/; fetch that folder, or name where it is.")
+    if all((place / expert).is_dir() for expert in _EXPERTS):
+        raise WeightsError(f"{place}: a pipeline of two models, {' and '.join(_EXPERTS)}; name the folder of one.")
     return place / "transformer" if (place / "transformer").is_dir() else place
 
 
