@@ -228,7 +228,8 @@ def test_a_plan_reaches_both_kernels_by_one_name():
     largest = float(jnp.abs(v.astype(jnp.float32)).max())
     for o in (found, again):
         assert np.abs(np.asarray(o, np.float32) - np.asarray(expected, np.float32)).max() <= 2e-2 * largest
-    np.testing.assert_allclose(lse, expected_lse, atol=2e-3)
+    level = float(jnp.abs(q).max()) / 127 * float(jnp.abs(k).max()) * 40**-0.5  # where one value of q rounds otherwise
+    np.testing.assert_allclose(lse, expected_lse, atol=level)
     rows = paro_arrange(v, plan=plan, role="v")
     with pytest.raises(ValueError, match="v was arranged with layout 'rows'; attend .* expects layout 'hopper'"):
         attend(*blocks[:2], rows, plan=plan)
@@ -373,7 +374,7 @@ def test_compiles_without_spills_and_below_the_memory(case):
     request = replace(REQUEST, q_tokens=1000, kv_tokens=1000, heads=2, **AHEAD[case])
     row = compile_report.measure(case, request, "sm_90a")
     assert row["spills"] == 0 and 0 < row["registers"] <= 255
-    assert row["bound_ratio"] < 1.5  # what it computes fits beside what it moves, or nearly
+    assert row["bound_ratio"] == 1  # what it computes takes less than what it moves
 
 
 # ---- rung 4: the GPU ------------------------------------------------------------------------------------------------
