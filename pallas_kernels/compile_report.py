@@ -259,7 +259,7 @@ def compile_ahead(request: Request, target: str, folder: Path) -> tuple[str, Row
         [sys.executable, "-m", "pallas_kernels.compile_report", work],
         capture_output=True, text=True, check=False, env=os.environ | settings | {"PYTHONPATH": path},
     )  # fmt: skip
-    found = sorted(folder.glob("*.sass"))
+    found = sorted(folder.glob("*.sass*"))
     if done.returncode or not found:
         raise RuntimeError(f"{request} did not compile for {target}: {done.stderr.strip()[-2000:]}")
     return found[-1].read_text(), compiler_facts(found[-1].with_suffix(".ptxas").read_text())

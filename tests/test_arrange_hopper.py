@@ -173,19 +173,17 @@ def test_nan_stays_visible_in_its_group():
     np.testing.assert_array_equal(np.isnan(scales), expected)
 
 
-@pytest.mark.parametrize(
-    ("qk", "pv", "head_dim"), [("int8", "int8", 64), ("fp8", "fp8", 40), ("int8", "bf16", 64), ("bf16", "int4", 40)]
-)
+@pytest.mark.parametrize(("qk", "pv", "head_dim"), [("int8", "int4", 64), ("bf16", "fp8", 40)])
 def test_attention_reads_what_arrange_wrote(qk, pv, head_dim):
-    """Through both kernels in the layout they share, the same output as through both in rows."""
-    q, k, v = (Case(role, width, group, "hopper", tokens=130, head_dim=head_dim, heads=1)
+    """In the layout that the two kernels share, bit for bit the output from rows."""
+    q, k, v = (Case(role, width, group, tokens=130, head_dim=head_dim, heads=1)
                for role, width, group in (("q", qk, "row"), ("k", qk, "block"), ("v", pv, "channel")))  # fmt: skip
-    count, index = jnp.full((1, 3), 3, jnp.int32), jnp.broadcast_to(jnp.arange(3, dtype=jnp.int32), (1, 3, 3))
+    count, index = jnp.asarray([[3, 1, 2]], jnp.int32), jnp.broadcast_to(jnp.arange(3, dtype=jnp.int32), (1, 3, 3))
 
-    def attend(layout, kernel, head_dim=None):
+    def attend(layout, head_dim=None):
         stored = {}
         for name, case in (("q", q), ("k", k), ("v", v)):
-            stored[name], scale, _ = replace(case, layout=layout).solve(kernel)
+            stored[name], scale, _ = replace(case, layout=layout).solve("hopper")
             if scale is not None:
                 stored[f"{name}_scale"] = scale
         return block_attention(
@@ -194,15 +192,22 @@ def test_attention_reads_what_arrange_wrote(qk, pv, head_dim):
         )  # fmt: skip
 
     with interpret():
-        found, expected = attend("hopper", "hopper", head_dim), attend("rows", "reference")
-        with pytest.raises(NoBackend, match="xla: layout 'hopper' is not served; it serves 'rows'"):
-            block_attention(
-                *(jnp.zeros((1, 1, 64, 64), jnp.bfloat16),) * 3, jnp.ones((1, 1), jnp.int32), index[:, :1, :1],
-                block=(64, 64), scale=1.0, layout="hopper", implementation="xla",
-            )  # fmt: skip
+        found, expected = attend("hopper", head_dim), attend("rows")
     assert found.shape == (1, 130, 1, head_dim)
-    apart = np.abs(np.asarray(found, np.float32) - np.asarray(expected, np.float32))
-    assert apart.max() <= 2e-2 * float(jnp.abs(v.arrays[0].astype(jnp.float32)).max()) and apart.mean() < 2e-3
+    np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(expected, np.float32))
+
+
+@pytest.mark.parametrize("name", ["xla", "reference"])
+def test_a_layout_of_another_backend_is_refused(name):
+    q = jnp.zeros((1, 1, 64, 64), jnp.bfloat16)
+    count, index = jnp.ones((1, 1), jnp.int32), jnp.zeros((1, 1, 1), jnp.int32)
+    call = partial(block_attention, q, q, q, count, index, block=(64, 64), scale=1.0, layout="hopper")
+    with pytest.raises(NoBackend, match=f"{name}: layout 'hopper' is not served; it serves 'rows'"):
+        call(implementation=name)
+    with pytest.raises(ValueError, match=r"head_dim: expected None or at most the 64 channels of q.*got 65"):
+        call(head_dim=65)
+    with pytest.raises(ValueError, match="q: expected 64, 96, 128, 256 channels for layout 'hopper', got 32"):
+        block_attention(*[x[..., :32] for x in (q, q, q)], count, index, block=(64, 64), scale=1.0, layout="hopper")
 
 
 def test_a_plan_reaches_both_kernels_by_one_name():
@@ -223,7 +228,8 @@ def test_a_plan_reaches_both_kernels_by_one_name():
     largest = float(jnp.abs(v.astype(jnp.float32)).max())
     for o in (found, again):
         assert np.abs(np.asarray(o, np.float32) - np.asarray(expected, np.float32)).max() <= 2e-2 * largest
-    np.testing.assert_allclose(lse, expected_lse, atol=2e-3)
+    level = float(jnp.abs(q).max()) / 127 * float(jnp.abs(k).max()) * 40**-0.5  # where one value of q rounds otherwise
+    np.testing.assert_allclose(lse, expected_lse, atol=level)
     rows = paro_arrange(v, plan=plan, role="v")
     with pytest.raises(ValueError, match="v was arranged with layout 'rows'; attend .* expects layout 'hopper'"):
         attend(*blocks[:2], rows, plan=plan)
@@ -368,7 +374,7 @@ def test_compiles_without_spills_and_below_the_memory(case):
     request = replace(REQUEST, q_tokens=1000, kv_tokens=1000, heads=2, **AHEAD[case])
     row = compile_report.measure(case, request, "sm_90a")
     assert row["spills"] == 0 and 0 < row["registers"] <= 255
-    assert row["bound_ratio"] < 1.5  # what it computes fits beside what it moves, or nearly
+    assert row["bound_ratio"] == 1  # what it computes takes less than what it moves
 
 
 # ---- rung 4: the GPU ------------------------------------------------------------------------------------------------

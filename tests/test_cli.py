@@ -130,7 +130,7 @@ MISTAKES = {
     ),
     "text position of the demo": ([*ON_DEMO, "--text-position", "first"], "--text-position belongs to --samples"),
     "no text of the demo": ([*ON_DEMO, "--text", "0"], "--text belongs to --samples"),
-    "more buckets than steps": ([*ON_DEMO, "--buckets", "17"], "--buckets: the demo model has 16 steps"),
+    "more buckets than steps": ([*ON_DEMO, "--buckets", "13"], "--buckets: the demo model has 12 steps"),
     "one density twice": (
         [*ON_FILE, "--density", "0.5", "0.6", "0.50000001", "-o", "{tmp}/p.safetensors"],
         "--out and --out are both {tmp}/p-0.5.safetensors",

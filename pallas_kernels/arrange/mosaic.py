@@ -4,11 +4,12 @@ Method: PAROAttention (arXiv 2506.16054), section 3.1 (reorder), and SageAttenti
 (smooth K, then round). A program makes one tile of kernel order: each thread fetches its channels of a token from the
 address that the head's order names, and the norm, RoPE, the mean, rounding and V's transpose happen in registers.
 
-Unusual: a permutation costs no pass and no shared memory, it is an address. Each input is read once and each output
-written once, with two exceptions that no single pass can avoid: a mean or a scale over *all* tokens (K's computed mean,
-V's scale per channel) is known only after a first launch of the same kernel, which reads the input and writes a row of
-channels per 256 tokens. RoPE's tables are read once a head, from L2 when they fit. The other outputs are bits that
-XLA makes of arguments. Rows past the last token repeat it, so that nothing is read outside.
+Unusual: a permutation costs no pass and no shared memory, it is an address. x is read once and its values are written
+once. Where that is not all: (1) a mean or a scale over *all* tokens (K's computed mean, V's scale per channel) is known
+only after a first launch of the same kernel, which reads x once more and writes a row of channels per 256 tokens. (2)
+RoPE's tables are read once a head, from L2 where they fit. (3) A block of 128 tokens of 256 channels is fetched twice,
+the second time from L2. (4) XLA cuts padding off: of row scales if their tiles are not full, of values in layout "rows"
+if head_dim is none of 64, 96, 128, 256. Rows past the last token repeat it, so that nothing outside is read.
 """
 
 from collections.abc import Callable

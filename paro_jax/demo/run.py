@@ -24,11 +24,14 @@ from paro_jax import AttentionPlan, QuantSpec, Width, metrics, policies, save_pl
 from paro_jax.demo import data, model, pictures
 from paro_jax.models import samplers, weights
 
-STEPS, QUICK_STEPS = 16, 6
+STEPS, QUICK_STEPS = 12, 6
 GUIDANCE = 3.0
 BLOCK = (64, 64)
 DENSITIES = (0.5, 0.3, 0.2)
 BUCKETS = (0.0, 0.25, 0.5, 1.0)  # attention changes most in the first half of the schedule
+# The same budget for every row of blocks: less mass in all than one threshold for everything keeps (0.51 against 0.54
+# at 20 %), but no query is starved, and the video is nearer to the dense one (24.9 against 23.2 dB at 20 %).
+RULE = "row"
 WIDTHS: tuple[Width, ...] = ("bf16", "int8", "int4")
 # Training draws seeds below a million; these ranges, 2^40 apart, were never trained on and do not meet.
 CALIBRATION_SEED, DEMO_SEED = 1 << 40, 2 << 40
@@ -176,8 +179,9 @@ def run_demo(
     tick("capture held-out")
 
     make = functools.partial(
-        calibrate.make_plans, calibration, grid, densities=densities, block=BLOCK, bucket_edges=edges, progress=False
-    )
+        calibrate.make_plans, calibration, grid, densities=densities, block=BLOCK, bucket_edges=edges, rule=RULE,
+        progress=False,
+    )  # fmt: skip
     made_plans = {"PARO": make(heldout=heldout), "no reorder": make(orders=grid.orders[:1])}
     plans = {(m, d): plan for m, all_ in made_plans.items() for d, (plan, _) in zip(densities, all_, strict=True)}
     for density in densities:
