@@ -9,9 +9,9 @@ The weights that ship took five hours on two busy cores, some 11 300 steps, the 
     make train ARGS="--start WEIGHTS --frames 0.95 --minutes 30"
     make train ARGS="--start WEIGHTS --frames 0.6 --minutes 46"
 
-What taught outlines and motions to follow their words was to see single frames mostly at high noise (`loss`): in 20
-minutes the error of the first guess from pure noise, beyond what the caption leaves open, fell from 0.04 to 0.01; it was
-0.05 after 200 minutes of evenly drawn timesteps.
+What taught outlines and motions to follow their words was to see single frames mostly at high noise (`loss`): in 30
+minutes the error of the first guess from pure noise, beyond what the caption leaves open, fell from 0.04 to 0.01; after
+200 minutes of evenly drawn timesteps it was 0.05.
 """
 
 from __future__ import annotations
