@@ -379,9 +379,8 @@ class Flux(nnx.Module):
         check_shape("pooled", pooled, (rows, config.pooled_dim), (1, config.pooled_dim))
         if (guidance is not None) != config.guided:
             wanted = "an array [B], such as 3.5 for each image" if config.guided else "None, this model takes none"
-            raise ValueError(
-                f"guidance: expected {wanted}; found {'None' if guidance is None else np.shape(guidance)}."
-            )
+            found = "None" if guidance is None else np.shape(guidance)
+            raise ValueError(f"guidance: expected {wanted}; found {found}.")
         if guidance is not None:
             check_shape("guidance", guidance, (rows,), (1,))
         return TokenGrid(shape, text=text.shape[1])
