@@ -32,7 +32,7 @@ Row = dict[str, Any]
 Progress = Callable[[str], None]
 
 WORKLOADS = ("cogvideox_5b", "wan_14b_720p", "flux_1024")
-PAIRS = (("bf16", "bf16"), ("fp8", "fp8"), ("int8", "int8"))
+KINDS = (("bf16", "bf16", "block"), ("fp8", "fp8", "block"), ("int8", "int8", "block"), ("int8", "int8", "running"))
 SHAPES = ((64, 64), (128, 128))
 
 # An H100 or H200 as XLA describes one, which is all its compiler asks of a GPU.
@@ -62,7 +62,7 @@ _UNITS = {
     "fp32": (("FADD", "FMUL", "FFMA"), 4.0),
     "integer": (
         ("FMNMX", "FSEL", "FSETP", "IABS", "IADD3", "IDP", "IMAD", "IMNMX", "ISETP", "LEA", "LOP3", "PLOP3", "PRMT",
-         "SEL", "SHF", "VIADD", "VIADDMNMX", "VIMNMX"),
+         "SEL", "SHF", "VIADD", "VIADDMNMX", "VIMNMX", "VIMNMX3"),
         2.0,
     ),
     "pack": (("I2FP", "F2FP"), 2.0),
@@ -97,8 +97,9 @@ def tensor(instructions: list[str]) -> list[str]:
 
 
 def report(target: str = "sm_90a", progress: Progress = lambda message: None) -> list[Row]:
-    """One row per named workload, pair of widths and block, and per workload and role of arrange: `name, target,
-    registers, spills, shared_memory, barriers, instructions, clocks, bound_ratio`.
+    """One row per named workload, block, pair of widths and rule of P's scale, and per workload and role of arrange:
+    `name, target, registers, spills, reallocates, shared_memory, barriers, tensor_instructions, instructions, clocks,
+    bound_ratio, bound_ratio_every`.
 
     `instructions` and `clocks` are per 128 x 128 scores: warp instructions by unit, and clocks of one SM that each unit
     needs, in a step that takes every shortcut. `bound_ratio`: the largest of `clocks` over the tensor unit's;
@@ -119,9 +120,10 @@ def kernels(target: str) -> Iterator[tuple[str, Request]]:
     device = _target(target).device
     for name in WORKLOADS:
         for block in SHAPES:
-            for qk, pv in PAIRS:
-                request = replace(NAMED[name], block=block, qk=qk, pv=pv, device=device)
-                yield f"{name} {qk}/{pv} {block[0]}x{block[1]}", request
+            for qk, pv, p_scale in KINDS:
+                request = replace(NAMED[name], block=block, qk=qk, pv=pv, p_scale=p_scale, device=device)
+                rule = "" if p_scale == "block" else f" {p_scale}"
+                yield f"{name} {qk}/{pv} {block[0]}x{block[1]}{rule}", request
         for role in ("q", "k", "v"):
             request = replace(NAMED[name], op="arrange", block=(128, 128), qk="int8", pv="int8", device=device)
             yield f"{name} arrange {role} int8", replace(request, role=role, layout="hopper")
@@ -189,6 +191,7 @@ def _measure_arrange(name: str, request: Request, target: str, progress: Progres
         "instructions": instructions,
         "clocks": clocks,
         "bound_ratio": max(clocks.values()) / clocks["memory"],
+        "bound_ratio_every": max(clocks.values()) / clocks["memory"],
     }
 
 

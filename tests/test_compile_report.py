@@ -92,7 +92,8 @@ ptxas info    : Used 168 registers, used 9 barriers, 1024 bytes smem"""
 def test_every_named_workload_is_there_at_every_width():
     rows = dict(compile_report.kernels("sm_90a"))
     assert rows["flux_1024 arrange v int8"].role == "v" and rows["flux_1024 arrange v int8"].op == "arrange"
-    assert len(rows) == len(compile_report.WORKLOADS) * (len(compile_report.PAIRS) * len(compile_report.SHAPES) + 3)
+    assert len(rows) == len(compile_report.WORKLOADS) * (len(compile_report.KINDS) * len(compile_report.SHAPES) + 3)
+    assert rows["flux_1024 int8/int8 64x64 running"].p_scale == "running"
     assert rows["wan_14b_720p int8/int8 128x128"] == replace(
         WORKLOADS["wan_14b_720p"], block=(128, 128), qk="int8", pv="int8", device="sm_90"
     )

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(_show.dumps(rows))
         return 0
-    short = ("name", "registers", "spills", "shared_memory", "barriers", "bound_ratio")
+    short = ("name", "registers", "spills", "shared_memory", "barriers", "bound_ratio", "bound_ratio_every")
     _show.table(f"kernels for {args.target}", rows, short)
     arrange = [row for row in rows if "memory" in row["clocks"]]
     attention = [row for row in rows if "memory" not in row["clocks"]]
