@@ -56,7 +56,8 @@ def mask(share: np.ndarray, always: np.ndarray, density: float, rule: str = "glo
 
     `always` [nq, nk] comes first, with the heaviest block of each row that has none of those. Next, while the budget
     lasts, the heaviest block of every other row: a query that sees only text is worse than its mass tells.
-    A threshold above 1 says that the budget ended there. "row" splits what the always dense rows leave evenly.
+    A threshold above 1 says that the budget ended there. "row" splits what the always dense rows leave
+    evenly; the few blocks that are left over go to the rows whose next block is heaviest, one each.
     """
     heads, (nq, nk) = share.shape[:-2], share.shape[-2:]
     # Three tiers in one number: infinity is kept anyway, a row's heaviest block stands above all shares (at most 1).
@@ -74,16 +75,28 @@ def mask(share: np.ndarray, always: np.ndarray, density: float, rule: str = "glo
         budget = np.full(len(groups), budget_of(density, nq * nk))
     elif rule == "row":
         groups = value.reshape(-1, nk)
-        dense = always.all(1)
-        free = max(1, int((~dense).sum()))
-        row = (budget_of(density, nq * nk) - int(dense.sum()) * nk) // free
-        budget = np.tile(np.where(dense, nk, min(row, nk)), len(groups) // nq)
+        budget = _row_budgets(value.reshape(-1, nq, nk), always.all(1), budget_of(density, nq * nk)).ravel()
     else:
         raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}; got {rule!r}.")
     threshold = _threshold(groups, budget)
     shape = {"global": (), "head": heads, "row": (*heads, nq)}[rule]
     threshold = threshold.reshape(shape)
     return value >= (threshold[..., None, None] if rule != "row" else threshold[..., None]), threshold
+
+
+def _row_budgets(value: np.ndarray, dense: np.ndarray, budget: int) -> np.ndarray:
+    """Blocks of every row [heads, nq], `budget` of each head, for values [heads, nq, nk]; `dense` rows have all."""
+    heads, nq, nk = value.shape
+    rows, free = np.full((heads, nq), nk), np.flatnonzero(~dense)
+    if not free.size:
+        return rows
+    even, left = divmod(budget - nk * int(dense.sum()), free.size)
+    rows[:, free] = min(even, nk)
+    if even < nk:
+        for head in range(heads):
+            following = np.partition(value[head, free], nk - 1 - even, axis=-1)[:, nk - 1 - even]
+            rows[head, free[np.argsort(-following, kind="stable")[:left]]] += 1
+    return rows
 
 
 def _threshold(values: np.ndarray, budget: np.ndarray) -> np.ndarray:

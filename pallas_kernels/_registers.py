@@ -142,7 +142,7 @@ def rescaled(arrays: tuple[jax.Array, ...], old: jax.Array, new: jax.Array) -> t
         zero = arith.constant(i32, ir.IntegerAttr.get(i32, 0))
         registers = [register for array in arrays for register in array.registers.flat]
         rises = arith.cmpi(arith.CmpIPredicate.ne, some, zero)
-        chosen = scf.IfOp(rises, [register.type for register in registers], has_else=True)
+        chosen: Any = scf.IfOp(rises, [register.type for register in registers], has_else=True)
         with ir.InsertionPoint(chosen.then_block):
             factor = (old - new).exp2(approx=True)
             scf.yield_([register for array in arrays for register in scaled(array, factor)])

@@ -17,7 +17,6 @@ from jax.core import Tracer
 from pallas_kernels import Norm, Rope
 from pallas_kernels._check import concrete
 from pallas_kernels.arrange import arrange as _kernel_arrange
-from pallas_kernels.block_attention import LAYOUTS
 from pallas_kernels.block_attention import block_attention as _kernel_block_attention
 from paro_jax._grid import TokenGrid
 from paro_jax._plan import AttentionPlan
@@ -404,9 +403,9 @@ def _check_tokens(name: str, x: jax.Array, plan: AttentionPlan, like: jax.Array 
         raise ValueError(f"{name} must have the dtype of query, {like.dtype}; got {x.dtype}. Cast one of them.")
 
 
-def _layout(implementation: str | None) -> str:
+def _layout(implementation: str | None) -> Literal["rows", "hopper"]:
     """The layout that an implementation reads: its own where it has one."""
-    return implementation if implementation in LAYOUTS else "rows"
+    return "hopper" if implementation == "hopper" else "rows"
 
 
 def _check_blocks(q: Any, k: Any, v: Any, plan: AttentionPlan, layout: str) -> None:

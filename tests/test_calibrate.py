@@ -184,7 +184,8 @@ def test_density_on_odd_grids(grid, rule):
     if rule == "head":
         assert (kept.mean((-2, -1)) <= 0.55).all() and (kept.sum((-2, -1)) > 0.55 * kept[0, 0].size - 2).all()
     if rule == "row":
-        assert len(set(kept[..., ~always.all(1), :].sum(-1).ravel())) == 1
+        rows = kept[..., ~always.all(1), :].sum(-1)
+        assert np.ptp(rows) <= 1 and (kept.sum((-2, -1)) > 0.55 * kept[0, 0].size - 1).all()
     assert kept[..., always].all() and kept.any(-1).all()
     assert report.summary["density"] == pytest.approx(kept.mean())
 

@@ -78,10 +78,12 @@ def test_the_other_rules_and_what_is_always_kept(problem):
     assert thresholds.shape == share.shape[:3]
     free = ~always.all(1)
     if free.any():
-        row = (_choose.budget_of(density, nq * nk) - nk * int((~free).sum())) // int(free.sum())
+        row, left = divmod(_choose.budget_of(density, nq * nk) - nk * int((~free).sum()), int(free.sum()))
         for index in np.ndindex(share.shape[:2]):
+            following = {i: sorted(value[index][i])[::-1][row] for i in np.flatnonzero(free) if row < nk}
+            more = sorted(following, key=lambda i: -following[i])[:left]
             for i in np.flatnonzero(free):
-                np.testing.assert_array_equal(by_row[index][i], kept_of(value[index][i], row))
+                np.testing.assert_array_equal(by_row[index][i], kept_of(value[index][i], row + (i in more)))
     for rule in _choose.RULES:
         keep, _ = _choose.mask(share, always, density, rule)
         assert keep[..., always].all()
