@@ -5,7 +5,9 @@ Writes a synthetic checkpoint of CogVideoX-5B's layers, bf16, converts it, and r
 plain read that Python has). A ratio is of two reads that follow each other, so that page cache, free memory and other
 work on the machine are the same for both; what counts is the median ratio. What a disk costs is left out.
 
-Both ways touch fresh memory of the size of the model, and the kernel's price for that is most of a plain read. An
+Both ways touch fresh memory of the size of the model, and the kernel's price for that is most of a plain read. What
+`from_pretrained` adds is the transpose of kernels, about 0.5 CPU seconds for a gigabyte (Xeon, AVX-512), shared by as
+many threads as there are cores up to eight: two cores are too few for the target, a converted checkpoint needs none. An
 allocator that keeps what it once had (`MALLOC_` variables of glibc) saves it, so speeds are taken without such
 variables and with them, each in a process of its own; and so are the peaks of memory, without.
 """
