@@ -533,9 +533,9 @@ class _Call:
                 row_sum = p.reshape(ROWS, -1, 8).sum(axis=1)
             short = p.astype(self.pv_dtype)
             if not self.integer_p:
-                # Without the barrier the compiler keeps P before and after rounding, more than registers hold, and
-                # rounds bf16 one score at a time, on the exponentials' unit.
-                short = lax.optimization_barrier(short)
+                if self.pv == "bf16":
+                    # Without the barrier the compiler rounds one score at a time, on the exponentials' unit.
+                    short = lax.optimization_barrier(short)
                 row_sum = short.astype(jnp.float32).sum(axis=1)
             if "p" not in smem:
                 return short, row_sum
