@@ -73,18 +73,18 @@ def pack(p: jax.Array) -> tuple[jax.Array, jax.Array]:
                 i32, [four, constant(0x01010101), total], "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", asm_dialect=0
             )
 
-        totals = [[constant(MAGIC_BITS)] * 2 for _ in range(target.shape[2])]  # two chains a row, none waits long
+        totals = [constant(MAGIC_BITS)] * target.shape[2]
         for sixteen in range(target.shape[1]):
             for half in range(target.shape[2]):  # of the rows that a thread holds
                 left, right = source[0, 2 * sixteen, half], source[0, 2 * sixteen + 1, half]
                 low = bytes_of(bits(left, 0), bits(left, 1), 0x0040)
                 high = bytes_of(bits(right, 0), bits(right, 1), 0x0040)
                 four = bytes_of(low, high, 0x5410)
-                totals[half][sixteen % 2] = plus_bytes(totals[half][sixteen % 2], four)
+                totals[half] = plus_bytes(totals[half], four)
                 target[0, sixteen, half] = mgpu.bitcast(four, ir.VectorType.get((4,), i8))
         sums = np.empty(fa.WGMMA_LAYOUT.registers_shape((rows, 8)), dtype=object)
-        for half, pair in enumerate(totals):
-            pair = [arith.bitcast(f32, total) for total in pair]
+        for half, total in enumerate(totals):
+            pair = [arith.bitcast(f32, x) for x in (total, constant(MAGIC_BITS))]
             sums.reshape(-1)[half] = vector.from_elements(ir.VectorType.get((2,), f32), pair)
         biased = fa.FragmentedArray(_registers=sums, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
         whole = fa.FragmentedArray(

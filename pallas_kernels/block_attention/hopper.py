@@ -464,6 +464,15 @@ class _Call:
             fresh = pl.run_scoped(issue, plgpu.ACC((ROWS, b.shape[1]), dtype))
             return fresh if start is None else start + fresh
 
+        def release(barrier, slot):
+            """Gives a stage back. What threads read of it they have: arriving waits for reads, so no fence is needed.
+
+            The interpreter knows only that a bulk copy is to overwrite what threads read, and asks for one.
+            """
+            if self.interpreted:
+                plgpu.commit_smem()
+            plgpu.barrier_arrive(bars[barrier].at[slot])
+
         def masked(s, real):
             """Keys past the end become -inf; of integers, the bits of -2^120, which are below every score's."""
             if self.kv_tokens % keys == 0:
@@ -488,7 +497,7 @@ class _Call:
                 if self.integer_scores:
                     s = lax.bitcast_convert_type(s, jnp.float32) - MAGIC
                 s = s * by_column(smem["k_row"].at[slot], keys)
-            plgpu.barrier_arrive(bars["k_free"].at[slot])
+            release("k_free", slot)
             s = masked(s, real)
             top = s.max(axis=1)
             if s.dtype == jnp.int32:  # positive floats order as their bits do, and integers have a maximum of three
@@ -566,7 +575,7 @@ class _Call:
                 accs = tuple(product(p, v, acc) for v, acc in zip(channels, accs, strict=True))
             else:
                 accs = tuple(acc + scaled(block_out(p, v, slot, n * chunk), weight) for n, acc in enumerate(accs))
-            plgpu.barrier_arrive(bars["v_free"].at[slot])
+            release("v_free", slot)
             return accs, new_top, total
 
         def scaled(x, weight):
