@@ -304,9 +304,9 @@ class _Call:
             gmem = dict(zip(names, refs[: len(names)], strict=True)) | {"o": refs[-2], "lse": refs[-1]}
 
             def scoped(smem, bars):
-                wg = lax.axis_index("wg")
-                pl.when(wg < 2)(lambda: self.consumer(gmem, smem, bars))
-                pl.when(wg == 2)(lambda: self.producer(gmem, smem, bars))
+                # One branch with two sides: after two branches the producer's registers would be kept in the first.
+                consumes = lax.axis_index("wg") < 2
+                lax.cond(consumes, lambda: self.consumer(gmem, smem, bars), lambda: self.producer(gmem, smem, bars))
 
             pl.run_scoped(scoped, scratch, barriers, collective_axes="wg")
 
