@@ -56,8 +56,8 @@ def mask(share: np.ndarray, always: np.ndarray, density: float, rule: str = "glo
 
     `always` [nq, nk] comes first, with the heaviest block of each row that has none of those. Next, while the budget
     lasts, the heaviest block of every other row: a query that sees only text is worse than its mass tells.
-    A threshold above 1 says that the budget ended there. "row" splits what the always dense rows leave
-    evenly; the few blocks that are left over go to the rows whose next block is heaviest, one each.
+    A threshold above 1 says that the budget ended there. "row" splits what the always dense rows leave evenly;
+    the few blocks that are left over go to the rows whose next block is heaviest, one each.
     """
     heads, (nq, nk) = share.shape[:-2], share.shape[-2:]
     # Three tiers in one number: infinity is kept anyway, a row's heaviest block stands above all shares (at most 1).

@@ -60,8 +60,8 @@ def make_plan(
         call goes on from it and gives the plan that an undisturbed run gives, bit for bit. Deleted when the plan is
         made.
       rule: where the budget is shared. "global": one threshold for all buckets, sites and heads. "head": `density` for
-        each head. "row": the same number of blocks in each row of query blocks, but for
-        one more in some, so that each head has `density`.
+        each head. "row": the same number of blocks in each row of query blocks, but for one more in some, so that each
+        head has `density`.
 
     Returns:
       The plan, with leading axes (sites,) for one bucket and (buckets, sites) for several, and its `Report`.

@@ -44,3 +44,11 @@ def says():
         assert not missing, f"the message lacks {missing}: {message}"
 
     return check
+
+
+@pytest.fixture
+def hopper_here():
+    from pallas_kernels import device_name
+
+    if device_name() != "sm_90":
+        pytest.skip(f"needs an H100 or H200, this is {device_name()}")

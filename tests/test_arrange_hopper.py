@@ -17,7 +17,6 @@ from pallas_kernels import (
     block_attention,
     choose,
     compile_report,
-    device_name,
     interpret,
 )
 from pallas_kernels._check import WIDTHS
@@ -378,12 +377,6 @@ def test_compiles_without_spills_and_below_the_memory(case):
 
 
 # ---- rung 4: the GPU ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hopper_here():
-    if device_name() != "sm_90":
-        pytest.skip(f"needs an H100 or H200, this is {device_name()}")
 
 
 @pytest.mark.gpu

@@ -253,12 +253,6 @@ def test_the_integer_loop_keeps_its_bound(head_dim, bound, p_scale):
 # ---- rung 4: the GPU ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def hopper_here():
-    if device_name() != "sm_90":
-        pytest.skip(f"needs an H100 or H200, this is {device_name()}")
-
-
 @pytest.mark.gpu
 @pytest.mark.usefixtures("hopper_here")
 @pytest.mark.parametrize("lengths", [(1, 1), (128, 128), (200, 450), (1030, 770)], ids=str)

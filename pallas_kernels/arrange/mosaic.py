@@ -22,12 +22,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import _check
-from pallas_kernels._check import FLOATS, WIDTHS
-from pallas_kernels._choose import ALL_WIDTHS, Request, widths_served
+from pallas_kernels._check import WIDTHS
+from pallas_kernels._choose import Request
 from pallas_kernels._interpret import interpreted_device, interpreter_would_hang
 from pallas_kernels._registers import MAGIC, mosaic
 from pallas_kernels.arrange import _lanes, xla
-from pallas_kernels.block_attention.hopper import HEAD_DIMS, padded_dim
+from pallas_kernels.block_attention.hopper import HEAD_DIMS, padded_dim, why_not_here
 
 BLOCKS = (64, 128)
 STATISTIC_TOKENS = 256  # tokens whose sum or largest magnitude is one row of the first launch's output
@@ -47,12 +47,8 @@ class Tiles:
 
 def why_not(request: Request) -> str | None:
     """Serves sm_90 (and the interpreter, which stands for one) at every width."""
-    if request.device != "sm_90":
-        return f"device {request.device} is not sm_90 (H100, H200); pallas_kernels.interpret() stands for one on a CPU"
-    if reason := widths_served(request, ALL_WIDTHS):
+    if reason := why_not_here(request):
         return reason
-    if request.dtype not in FLOATS:
-        return f"dtype {request.dtype} is not served; it serves {', '.join(FLOATS)}"
     if request.head_dim > HEAD_DIMS[-1]:
         return f"head_dim {request.head_dim} > {HEAD_DIMS[-1]}"
     if request.head_dim % 8:

@@ -53,12 +53,8 @@ class Tiles:
 
 def why_not(request: Request) -> str | None:
     """Serves sm_90 (and the interpreter, which stands for one) at every width, where tiles fit in shared memory."""
-    if request.device != "sm_90":
-        return f"device {request.device} is not sm_90 (H100, H200); pallas_kernels.interpret() stands for one on a CPU"
-    if reason := widths_served(request, ALL_WIDTHS):
+    if reason := why_not_here(request):
         return reason
-    if request.dtype not in FLOATS:
-        return f"dtype {request.dtype} is not served; it serves {', '.join(FLOATS)}"
     if request.dtype == "float32" and "bf16" in (request.qk, request.pv):
         return "float32 products are not served (wgmma multiplies 16-bit floats at most); cast to bfloat16 or quantise"
     if request.block not in BLOCKS:
@@ -70,6 +66,17 @@ def why_not(request: Request) -> str | None:
     if interpreted_device() is not None:
         tokens = max(request.q_tokens, request.kv_tokens)
         return interpreter_would_hang(4 * request.batch * request.heads * tokens * padded_dim(request.head_dim))
+    return None
+
+
+def why_not_here(request: Request) -> str | None:
+    """What keeps any kernel for sm_90 from a request: its device, its widths, its dtype."""
+    if request.device != "sm_90":
+        return f"device {request.device} is not sm_90 (H100, H200); pallas_kernels.interpret() stands for one on a CPU"
+    if reason := widths_served(request, ALL_WIDTHS):
+        return reason
+    if request.dtype not in FLOATS:
+        return f"dtype {request.dtype} is not served; it serves {', '.join(FLOATS)}"
     return None
 
 
