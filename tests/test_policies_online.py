@@ -128,6 +128,19 @@ def test_sparge_judges_the_last_block_by_its_real_tokens():
     np.testing.assert_array_equal(mask.keep[0, 0], np.array([[0, 0, 1]] * 3, bool))
 
 
+def test_sparge_judges_keys_less_their_mean():
+    """What all keys share makes a block that points both ways look alike; smoothing takes it away."""
+    plan = AttentionPlan.dense(TokenGrid((32,)), heads=1, block=(16, 16))
+    q, k = np.zeros((2, 1, 32, 1, 4), np.float32)
+    q[..., 1] = 1.0
+    k[..., 2] = 5.0
+    k[0, :16, 0, 0] = np.tile([1.0, -1.0], 8)
+    k[0, 16:, 0, 1] = 1.0  # what the queries look for
+    for smooth_k, kept in ((True, [[1, 1], [1, 1]]), (False, [[0, 1], [0, 1]])):
+        mask = policies.sparge(q, k, plan=plan, topk=0.0, simthr=0.5, smooth_k=smooth_k)
+        np.testing.assert_array_equal(mask.keep[0, 0], np.array(kept, bool))
+
+
 def test_sparge_retains_more_on_tokens_in_the_right_order():
     """Attention along the width: on PARO-ordered tokens block means tell more at equal density."""
     grid = TokenGrid((4, 8, 8))

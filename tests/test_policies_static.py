@@ -113,7 +113,12 @@ def test_neighbours_may_be_those_of_each_heads_order():
 
 @pytest.mark.parametrize(
     "shape, decay, block, sink",
-    [((9, 4, 10), 1.0, (16, 16), True), ((9, 4, 10), 0.3, (8, 16), False), ((12, 3, 7), 0.5, (8, 8), False)],
+    [
+        ((9, 4, 10), 1.0, (16, 16), True),
+        ((9, 4, 10), 0.3, (8, 16), False),
+        ((12, 3, 7), 0.5, (8, 8), False),
+        ((4, 8, 16), 0.4375, (16, 16), False),  # a band of 28: at its edge 7 of 12 keys are seen enough, below 60 %
+    ],
 )
 def test_radial_is_its_definition(shape, decay, block, sink):
     grid = TokenGrid(shape, text=5)
