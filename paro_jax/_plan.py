@@ -145,8 +145,11 @@ class AttentionPlan:
         """The masks, unpacked: `keep` [*lead, heads, nq, nk]."""
         return BlockMask.unpack(self.keep_bits, nk=self.grid.blocks(self.block)[1], block=self.block)
 
-    def with_mask(self, mask: BlockMask) -> "AttentionPlan":
-        """This plan with another mask of the same shape: how an online policy, alone or `&` ours, reaches `attend`."""
+    def with_mask(self, mask: BlockMask, order: Any = None) -> "AttentionPlan":
+        """This plan with another mask of the same shape: how an online policy, alone or `&` ours, reaches `attend`.
+
+        `order`: int8 [*lead, heads], positions in `order_names`, where the policy chooses orders too; may be traced.
+        """
         _check_type("mask", mask, BlockMask)
         expected = (*self.order.shape, *self.grid.blocks(self.block))
         if mask.block != self.block or tuple(mask.keep.shape) != expected or mask.keep.dtype != bool:
@@ -154,7 +157,17 @@ class AttentionPlan:
                 f"mask must be bool {expected} in blocks of {self.block} to fit this plan; got {mask.keep.dtype} "
                 f"{tuple(mask.keep.shape)} in blocks of {mask.block}."
             )
-        return replace(self, keep_bits=mask.pack())
+        if order is None:
+            return replace(self, keep_bits=mask.pack())
+        order = jnp.asarray(order)
+        known = None if isinstance(order, Tracer) else np.asarray(order)
+        inside = known is None or ((known >= 0) & (known < len(self.order_names))).all()
+        if order.shape != self.order.shape or not jnp.issubdtype(order.dtype, jnp.integer) or not inside:
+            raise ValueError(
+                f"order must be integers {list(self.order.shape)} from 0 to {len(self.order_names) - 1}, positions in "
+                f"{', '.join(self.order_names)}; got {order.dtype} {list(order.shape)}: {order}."
+            )
+        return replace(self, keep_bits=mask.pack(), order=order.astype(jnp.int8))
 
     def order_list(self) -> list[Any]:
         """Names of the orders, nested as [*lead][heads]."""

@@ -93,7 +93,13 @@ def test_info_is_the_header_in_plain_values(tmp_path, name):
     assert info["model"] == "demo" and info["schema"] == 1 and info["order_names"] == list(GRID.orders)
     plain = {"samples": 8, "density": 0.5, "path": "x", "edges": [0, 1], "sha256": "0" * 64}
     assert info["provenance"] == plain
-    assert info["grid"] == {"shape": [3, 5, 7], "text": 16, "text_position": "first", "bricks": [[2, 2, 2]]}
+    assert info["grid"] == {
+        "shape": [3, 5, 7],
+        "text": 16,
+        "text_position": "first",
+        "bricks": [[2, 2, 2]],
+        "gilbert": False,
+    }
     assert info["arrays"]["order"] == {"dtype": "int8", "shape": [2, 3]}
     assert (info["lead"], info["heads"], info["density"], info["nbytes"]) == ([2], 3, plan.density, plan.nbytes)
     assert set(info["versions"]) == {"paro_jax", "jax"}
