@@ -321,7 +321,8 @@ def test_a_large_common_bias_of_v_costs_nothing_when_smoothed(implementation):
         return np.abs(found - exact).max()
 
     assert error(100.0, True) < 1.5 * error(0.0, True)
-    assert error(100.0, False) > 10 * error(100.0, True)
+    # V's steps are twenty times as long without; the rounding of P, which both share, is not.
+    assert error(100.0, False) > 5 * error(100.0, True)
 
 
 @pytest.mark.parametrize("name", ["SageAttention2", "FA3 FP8", "SageAttention3"])

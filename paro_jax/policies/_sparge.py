@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from paro_jax._attention import attention
 from paro_jax._mask import BlockMask
@@ -171,6 +170,8 @@ def tune_sparge(
 
     Raises ValueError unless 0 < l1 < pv_l1, and without samples.
     """
+    from tqdm import tqdm  # not for those who only attend
+
     plan = check_site(plan)
     if not 0 < l1 < pv_l1:
         raise ValueError(f"l1 must be above 0 and below pv_l1, errors add up; got l1={l1!r} and pv_l1={pv_l1!r}.")
