@@ -18,7 +18,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    from paro_jax._cli import _bench, _calibrate, _compile_report, _convert, _demo, _doctor, _inspect
+    from paro_jax._cli import _bench, _calibrate, _compile_report, _convert, _demo, _doctor, _eval, _inspect
 
     root = _Parser(
         prog="paro",
@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--version", action="version", version=f"paro {__version__}")
     root.add_argument("--traceback", action="store_true", help="on an error, show the Python traceback too")
     commands = root.add_subparsers(metavar="COMMAND", parser_class=_Parser)
-    for command in (_demo, _calibrate, _convert, _inspect, _bench, _compile_report, _doctor):
+    for command in (_demo, _calibrate, _eval, _convert, _inspect, _bench, _compile_report, _doctor):
         command.add(commands)
     return root
 

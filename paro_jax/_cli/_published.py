@@ -25,7 +25,7 @@ import argparse
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -182,18 +182,9 @@ def samples(
     The latents of the steps that calibration looks at are kept; their q, k and v are made when they are asked for.
     """
     from paro_jax.demo.run import capture_steps
-    from paro_jax.models import weights
 
-    family = args.model if args.model in FAMILIES else None
-    preset = None if family else args.model
     # All that can be wrong is known before the weights are read, which takes minutes.
-    config = weights.config_of(args.weights, model=preset)
-    name = type(config).__name__.removesuffix("Config")
-    if family and not isinstance(config, FAMILIES[family]):
-        other = next(name for name, kind in FAMILIES.items() if isinstance(config, kind))
-        raise UserError(f"--model {family}: {args.weights} holds {name}; give --model {other}")
-    how = recipe(config, args)
-    _check_fits(embeddings, config, how, name)
+    config, name, how, grid = described(args, embeddings)
     steps = how.steps
     if len(edges) - 1 > steps:
         raise UserError(f"--buckets: expected at most one for each of {steps} steps, found {len(edges) - 1}")
@@ -203,14 +194,13 @@ def samples(
     if bare := set(range(len(edges) - 1)) - {bucket_of(step / steps, edges) for step in at}:
         raise UserError(f"--at: expected a step in each of {len(edges) - 1} buckets, found none in bucket {min(bare)}")
 
-    text = 0 if isinstance(config, WanConfig) else embeddings.tensors["prompt_embeds"].shape[1]
-    grid = TokenGrid(how.shape, text=text, bricks=tuple(args.bricks))
+    grid = replace(grid, bricks=tuple(args.bricks))
     check(grid)
-    net = weights.from_pretrained(args.weights, model=preset, progress=True)
+    net = loaded(args)
     dense = AttentionPlan.dense(grid, heads=config.num_heads)
     runs: list[tuple[float, Callable[[], Any]]] = []
     for prompt in range(embeddings.prompts):
-        inputs, scale = _inputs(embeddings, prompt, config, how)
+        inputs, scale = inputs_of(embeddings, prompt, config, how)
         noise = embeddings.row("latents", prompt)
         if noise is None:
             noise = np.random.default_rng((args.seed, prompt)).standard_normal((1, *how.latents), np.float32)
@@ -218,6 +208,32 @@ def samples(
             runs.append((step / steps, functools.partial(net.capture, x, timestep, *inputs)))  # type: ignore[attr-defined]
     provenance = {"weights": Path(args.weights).name, "prompts": embeddings.prompts, "steps": steps, "at": at}
     return calibrate.LiveSamples(runs, sites=how.sites), grid, name, provenance | {"seed": args.seed}
+
+
+def described(args: argparse.Namespace, embeddings: Embeddings) -> tuple[Config, str, Recipe, TokenGrid]:
+    """What --weights holds, its name, how it is sampled, its grid. Loads nothing; UserError where they do not fit."""
+    from paro_jax.models import weights
+
+    config = weights.config_of(args.weights, model=_preset(args))
+    name = type(config).__name__.removesuffix("Config")
+    if args.model in FAMILIES and not isinstance(config, FAMILIES[args.model]):
+        other = next(name for name, kind in FAMILIES.items() if isinstance(config, kind))
+        raise UserError(f"--model {args.model}: {args.weights} holds {name}; give --model {other}")
+    how = recipe(config, args)
+    _check_fits(embeddings, config, how, name)
+    text = 0 if isinstance(config, WanConfig) else embeddings.tensors["prompt_embeds"].shape[1]
+    return config, name, how, TokenGrid(how.shape, text=text)
+
+
+def loaded(args: argparse.Namespace) -> nnx.Module:
+    """The model of --weights."""
+    from paro_jax.models import weights
+
+    return weights.from_pretrained(args.weights, model=_preset(args), progress=True)
+
+
+def _preset(args: argparse.Namespace) -> str | None:
+    return None if args.model in FAMILIES else args.model
 
 
 def _check_fits(embeddings: Embeddings, config: Config, how: Recipe, name: str) -> None:
@@ -250,7 +266,7 @@ def _check_fits(embeddings: Embeddings, config: Config, how: Recipe, name: str) 
         )
 
 
-def _inputs(
+def inputs_of(
     embeddings: Embeddings, prompt: int, config: Config, how: Recipe
 ) -> tuple[tuple[jax.Array, ...], float | None]:
     """What the model takes after the timestep, and the scale of guidance by two halves (None: there is one half)."""
