@@ -187,7 +187,9 @@ def test_a_method_that_fails_on_one_sample_is_a_marked_cell(subject, tmp_path):
         def generate(self, case, setting):
             found = Subject.generate(self, case, setting)
             made.append(case)
-            return dataclasses.replace(found, view=found.view * np.nan) if case.noise is bad and len(made) > 2 else found
+            return (
+                dataclasses.replace(found, view=found.view * np.nan) if case.noise is bad and len(made) > 2 else found
+            )
 
     breaks = Breaks(**{f.name: getattr(subject, f.name) for f in dataclasses.fields(subject) if f.compare})
     breaks = dataclasses.replace(breaks, cases=subject.cases[:2])

@@ -1,6 +1,6 @@
 """Arrows point down: parses every import of every package and fails on an upward one.
 
-roof       paro_jax/__main__.py, paro_jax/_cli, paro_jax/demo     (tests and notebooks too: nobody imports those)
+roof       paro_jax/__main__.py, paro_jax/_cli, paro_jax/demo, paro_jax/evaluation     (tests and notebooks too: nobody imports those)
 floor 2    calibrate
 floor 1    paro_jax      inside it, models are leaves: nothing below imports them
 floor 0    pallas_kernels      jax, numpy and the standard library only
@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pallas_kernels", "paro_jax", "calibrate")
-ROOF = ("paro_jax.demo", "paro_jax._cli", "paro_jax.__main__")
+ROOF = ("paro_jax.demo", "paro_jax.evaluation", "paro_jax._cli", "paro_jax.__main__")
 # Where Flax and what comes with it may be imported while a module of floor 1 loads.
 FLAX = ("paro_jax.flax", "paro_jax.maxdiffusion", "paro_jax.models", *ROOF)
 HEAVY = ("flax", "orbax", "optax", "matplotlib", "safetensors", "torch", "huggingface_hub", "PIL", "dm_pix")
