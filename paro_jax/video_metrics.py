@@ -234,9 +234,9 @@ def clip_similarity(
     With transformers 5 (before, no `.pooler_output`), `clip` the `CLIPModel` of `name`, under `torch.inference_mode()`
     (frames are in [0, 1] already, hence `do_rescale`):
 
-        prepare = functools.partial(CLIPProcessor.from_pretrained(name), return_tensors="pt", padding=True)
+        prepare = functools.partial(CLIPProcessor.from_pretrained(name), return_tensors="pt")
         see = lambda frames: clip.get_image_features(**prepare(images=list(frames), do_rescale=False)).pooler_output
-        read = lambda texts: clip.get_text_features(**prepare(text=texts)).pooler_output
+        read = lambda texts: clip.get_text_features(**prepare(text=texts, padding=True, truncation=True)).pooler_output
 
     Args:
       videos: [n, F, H, W, 3] in [0, 1].
@@ -271,7 +271,7 @@ def video_quality(videos, captions: Sequence[str], *, scorer: VideoScorer) -> np
 
         def scorer(videos, captions):
             middle, ask = list(videos[:, videos.shape[1] // 2]), ["Good photo.", "Bad photo."]
-            logits = clip(**prepare(text=ask, images=middle, do_rescale=False)).logits_per_image
+            logits = clip(**prepare(text=ask, images=middle, do_rescale=False, padding=True)).logits_per_image
             return 100 * logits.softmax(-1)[:, 0]
 
     Args:
