@@ -38,22 +38,23 @@ def subject():
     return Subject(
         name="tiny", net=TINY_VIDEO.net(), grid=config.grid, sites=3, heads=2, head_dim=config.head_dim, steps=STEPS,
         sample=samplers.ddim, view=view, pixels=True, cases=[case(p, s) for p in (0, 1) for s in (0, 1)],
-        calibration=[case(7, 0)], heldout=case(8, 0),
+        calibration=[case(7, 0)], fitting=case(9, 0), heldout=case(8, 0),
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def context(subject):
     samples = subject.capture(subject.calibration, AT, BLOCK)
-    return Context(subject, samples, densities=(0.6,), edges=EDGES, block=BLOCK)
+    fitting = subject.capture([subject.fitting], AT, BLOCK)
+    return Context(subject, samples, fitting, densities=(0.6,), edges=EDGES, block=BLOCK)
 
 
 ROWS = [
     Row("PARO", 0.6),
     Row("PARO", 0.6, "PARO INT4"),
     Row("SpargeAttn", 0.6),
-    Row("DiTFastAttn", 0.8),
     Row("window", 0.05),
+    Row("DiTFastAttn", 0.8),
 ]
 
 
@@ -65,7 +66,7 @@ def table(subject, tmp_path_factory):
 
 def test_a_table_has_its_rows_and_says_what_it_could_not(table, subject):
     out, found = table
-    dense, paro, int4, sparge, shared, window = found.rows
+    dense, paro, int4, sparge, window, shared = found.rows
     assert [row["method"] for row in found.rows] == ["dense", *(row.method for row in ROWS)]
     assert dense["flow"] > 0 and dense["failed"] == paro["failed"] == 0
     assert 0.5 < paro["density"] <= 0.6 and paro["psnr"] > int4["psnr"] > 5 and paro["psnr_spread"] > 0
@@ -115,8 +116,10 @@ def test_what_is_done_is_not_done_again(table, subject, monkeypatch):
 
     monkeypatch.setattr(Subject, "generate", counting)
     again = evaluation.evaluate(subject, out=out, rows=ROWS, **HOW)
-    assert len(generated) == 4, "the dense ones, which all else is compared with"
-    assert [row["psnr"] for row in again.rows] == [row["psnr"] for row in found.rows]
+    assert generated[:4] == [None] * 4 and len(generated) == 5, "the dense ones, to compare with, and what was cut off"
+    assert [row["psnr"] for row in again.rows] == pytest.approx([row["psnr"] for row in found.rows])
+    lines = (out / "cells.jsonl").read_text().splitlines()
+    assert len(lines) == len(whole.splitlines()) + 1 and all(json.loads(line) for line in lines)
     (out / "cells.jsonl").write_text(whole)
     with pytest.raises(ValueError, match="another folder"):
         evaluation.evaluate(subject, out=out, rows=ROWS, **{**HOW, "at": (1, 3)})
@@ -149,7 +152,8 @@ def test_a_rule_sees_its_knobs_and_its_memory_and_its_density_is_counted(subject
     np.testing.assert_allclose(made.view, subject.generate(subject.cases[0], Setting(dense)).view, atol=1e-5)
 
 
-REACHES = [method for method in evaluation.METHODS if method.name not in ("SpargeAttn, tuned", "Radial", "PARO")]
+DENSE_HERE = ("Radial", "Gilbert + SpargeAttn")  # on so small a grid everything is near
+REACHES = [method for method in evaluation.METHODS if method.name not in ("SpargeAttn, tuned", "PARO", *DENSE_HERE)]
 
 
 @pytest.mark.parametrize("method", REACHES, ids=lambda method: method.name)
@@ -165,6 +169,13 @@ def test_every_method_makes_a_setting_of_about_the_density(context, subject, met
         density = level["density"]
         assert 0 <= level["relative_l1"] < 0.6 and level["cosine"] > 0.8
     assert 0.45 < density < 0.85
+
+
+def test_a_density_out_of_reach_is_an_error(context):
+    for method in evaluation.METHODS:
+        if method.name in (*DENSE_HERE, "window", "SparseVideoGen"):
+            with pytest.raises(ValueError, match="density"):
+                method.prepare(context, 0.05)
 
 
 def test_fitted_knobs_come_from_below(context):
@@ -243,15 +254,14 @@ def test_the_command_lists_and_refuses(capsys, tmp_path):
         assert all(word in err for word in words), err
 
 
-@pytest.mark.parametrize("name", ["flux", "wan"])
-def test_a_published_model_from_the_shell(capsys, tmp_path, models, name):  # noqa: F811
-    folder, path = models[name]
-    argv = ["--model", name, "--weights", folder, "--embeddings", path, *SIZE[name], "--methods", "PARO", "window"]
+def test_a_published_model_from_the_shell(capsys, tmp_path, models):  # noqa: F811
+    folder, path = models["wan"]
+    argv = ["--model", "wan", "--weights", folder, "--embeddings", path, *SIZE["wan"], "--methods", "PARO", "window"]
     more = ["--density", 0.8, "--block", 8, 8, "--steps", 2, "--out", tmp_path / "eval", "--json"]
     status, printed, err = paro(capsys, "eval", *argv, *more)
     assert status == 0, err
     dense, *rows = only_json(printed)["rows"]
     assert dense["method"] == "dense" and [row["method"] for row in rows] == ["PARO", "window"]
-    assert all(row["psnr"] > 10 and 0.5 < row["density"] <= 0.8 and row["failed"] == 0 for row in rows)
+    assert all(row["psnr"] > 10 and 0.75 < row["density"] < 0.81 and row["failed"] == 0 for row in rows)
     status, _, err = paro(capsys, "eval", *argv, *more, "--prompts", 2)
     assert status == 2 and "--prompts" in err and "at most 1" in err

@@ -1,6 +1,6 @@
 """Arrows point down: parses every import of every package and fails on an upward one.
 
-roof       paro_jax/__main__.py, paro_jax/_cli, paro_jax/demo, paro_jax/evaluation     (tests and notebooks too: nobody imports those)
+roof       paro_jax/__main__.py, paro_jax/_cli, paro_jax/demo, paro_jax/evaluation     (tests and notebooks too)
 floor 2    calibrate
 floor 1    paro_jax      inside it, models are leaves: nothing below imports them
 floor 0    pallas_kernels      jax, numpy and the standard library only

@@ -205,5 +205,5 @@ def _published(args: argparse.Namespace, decode: Callable[..., Any] | None) -> S
         name=name, net=net, grid=grid, sites=how.sites, heads=config.num_heads, head_dim=config.head_dim,
         steps=how.steps, sample=how.sample, view=pixels if decode else frames_last, pixels=decode is not None,
         cases=[case(p, s) for p in range(1, prompts + 1) for s in range(args.seeds or 1)],
-        calibration=[case(0, 0)], heldout=case(prompts, 0), dtype=jnp.bfloat16,
+        calibration=[case(0, 0)], fitting=case(0, 0), heldout=case(prompts, 0), dtype=jnp.bfloat16,
     )  # fmt: skip

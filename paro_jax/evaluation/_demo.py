@@ -16,7 +16,7 @@ _SEEDS = 1 << 16  # between the noises of one prompt
 
 
 def demo_subject(*, prompts: int, seeds: int, steps: int, seed: int = 0) -> Subject:
-    """Held-out captions, each from several noises; calibrated on a caption of its own, judged on another."""
+    """Held-out captions, each from several noises; calibrated, fitted and judged on a caption of its own each."""
     scenes = [data.random_scene(demo.DEMO_SEED + (seed << 20) + i) for i in range(prompts)]
     cases = [
         _case(dataclasses.replace(scene, seed=scene.seed + s * _SEEDS), s) for scene in scenes for s in range(seeds)
@@ -35,7 +35,8 @@ def demo_subject(*, prompts: int, seeds: int, steps: int, seed: int = 0) -> Subj
         pixels=True,
         cases=cases,
         calibration=[_case(data.random_scene(demo.CALIBRATION_SEED), 0)],
-        heldout=_case(data.random_scene(demo.CALIBRATION_SEED + 1), 0),
+        fitting=_case(data.random_scene(demo.CALIBRATION_SEED + 1), 0),
+        heldout=_case(data.random_scene(demo.CALIBRATION_SEED + 2), 0),
     )
 
 

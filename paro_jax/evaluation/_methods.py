@@ -28,18 +28,24 @@ Policy = Callable[[jax.Array, jax.Array, AttentionPlan, Any], BlockMask]  # q, k
 
 
 class Context:
-    """What methods are made from: the subject, captured attention of prompts that are not in the table, buckets."""
+    """What methods are made from: the subject, captured attention of prompts that are not in the table, buckets.
+
+    `samples` are what plans are made of. Knobs are fitted on `fitting`: a mask made on the same samples overlaps with
+    what an online method finds there more than it will elsewhere.
+    """
 
     def __init__(
         self,
         subject: Subject,
         samples: Sequence[calibrate.Sample],
+        fitting: Sequence[calibrate.Sample],
         *,
         densities: Sequence[float],
         edges: Sequence[float],
         block: tuple[int, int],
     ):
-        self.subject, self.samples, self.edges, self.block = subject, samples, tuple(edges), block
+        self.subject, self.samples, self.fitting = subject, samples, few(fitting)
+        self.edges, self.block = tuple(edges), block
         self.densities = tuple(sorted({d for d in densities if d < 1}, reverse=True))
         self._plans: dict[Any, dict[float, AttentionPlan]] = {}
 
@@ -64,7 +70,10 @@ class Context:
             return plan.with_mask(_repeated(mask, plan.lead))
         grid, key = grid or self.grid, (grid or self.grid, tuple(sorted(options.items())))
         if density not in self._plans.get(key, {}):
-            densities = self.densities if density in self.densities else (density,)
+            always = grid.always_keep(self.block)
+            least = (always.sum() + (~always.any(1)).sum()) / always.size  # one that is out of reach must not fail all
+            densities = tuple(d for d in self.densities if d >= least) if density in self.densities else ()
+            densities = densities if density in densities else (density,)
             made = calibrate.make_plans(
                 self.samples, grid, densities=densities, block=self.block, bucket_edges=self.edges, progress=False,
                 **options,
@@ -78,17 +87,11 @@ class Context:
         mask = BlockMask(jnp.broadcast_to(jnp.asarray(mask.keep), (heads, *mask.keep.shape[-2:])), mask.block)
         return AttentionPlan.build(grid, order=order or grid.orders[0], mask=_repeated(mask, (self.subject.sites,)))
 
-    def few(self) -> list[calibrate.Sample]:
-        """Two steps of every site, early and late: enough to fit one number."""
-        steps = sorted({sample.step for sample in self.samples})
-        chosen = {steps[len(steps) // 4], steps[-1 - len(steps) // 4]}
-        return [sample for sample in self.samples if sample.step in chosen]
-
     def fit(
         self, policy: Policy, plan: AttentionPlan, density: float, low: float = 0.0, high: float = 1.0
     ) -> np.ndarray:
         """The knob at which a policy's mean density comes nearest to `density` from below: float32 [sites]."""
-        samples = self.few()
+        samples = self.fitting
         mask_of = jax.jit(lambda q, k, plan, knob: policy(q, k, plan, knob).keep)
 
         def at(knob: float) -> BlockMask:
@@ -96,6 +99,13 @@ class Context:
             return BlockMask(jnp.stack(keep), plan.block)
 
         return np.full(self.subject.sites, policies.at_density(at, density, low=low, high=high), np.float32)
+
+
+def few(samples: Sequence[calibrate.Sample]) -> list[calibrate.Sample]:
+    """Those of two steps, early and late: enough to fit a number, or to judge a method."""
+    steps = sorted({sample.step for sample in samples})
+    chosen = {steps[len(steps) // 4], steps[-1 - len(steps) // 4]}
+    return [sample for sample in samples if sample.step in chosen]
 
 
 def at_sample(plan: AttentionPlan, sample: calibrate.Sample) -> AttentionPlan:
@@ -153,7 +163,7 @@ def union_with_sparge_cdf(q: Any, k: Any, plan: AttentionPlan, knob: Any) -> Blo
 
 
 def xattention(q: Any, k: Any, plan: AttentionPlan, knob: Any) -> BlockMask:
-    return policies.xattention(q, k, plan=plan, tau=knob)
+    return policies.xattention(q, k, plan=plan, tau=knob, stride=math.gcd(16, *plan.block))
 
 
 @functools.cache
@@ -295,7 +305,7 @@ def _neighbours(context: Context, density: float) -> AttentionPlan:
 def _sparge_tuned(context: Context, density: float) -> Setting:
     plan, found = context.subject.dense(context.block), []
     for site in range(context.subject.sites):
-        samples = [(s.q, s.k, s.v) for s in context.few() if s.site == site]
+        samples = [(s.q, s.k, s.v) for s in context.fitting if s.site == site]
         found.append(policies.tune_sparge(samples, plan=plan[site], simthrs=(-0.5, 0.0, 0.5), progress=False))
     return Setting(plan, masked(sparge_tuned), jax.tree.map(lambda *x: np.stack(x), *found))
 
@@ -313,7 +323,7 @@ def _svg(context: Context, density: float) -> Setting:
 
 
 def _svg2(context: Context, density: float) -> Setting:
-    plan, samples = context.subject.dense(context.block), context.few()
+    plan, samples = context.subject.dense(context.block), context.fitting
     first = {}
     draw = jax.jit(lambda q, k, plan: _content_order(q, k, plan, 0.5, jax.random.key(0), 50).centroids)
     for sample in samples:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from paro_jax import _files
+from paro_jax.evaluation._methods import METHODS, WIDTHS
 
 MEANS = ("psnr", "ssim", "cosine", "relative_l1", "flow", "flow_change", "clip", "vqa", "seconds")
 # Column of the markdown -> key of a row.
@@ -51,6 +52,8 @@ class Table:
         """From `_run.Row`s and finished cells."""
         seeds = [seed for _, seed, _ in about["cases"]]
         made, failures = [], []
+        names, widths = [method.name for method in METHODS], list(WIDTHS)
+        rows = sorted(rows, key=lambda r: (names.index(r.method), -(r.density or 0), widths.index(r.width)))
         dense = next((cell["cells"] for (row, case), cell in cells.items() if case == "videos"), [])
         if dense:
             first: dict[str, Any] = {"method": "dense", "width": "bf16", "asked": None, "density": 1.0, "failed": 0}
@@ -85,14 +88,16 @@ class Table:
             made.append(line)
         return Table(made, failures, about)
 
-    def save(self, folder: Path) -> list[Path]:
-        """Write eval.json, eval.md and eval.png; their paths."""
+    def save(self, folder: Path, picture: bool = True) -> list[Path]:
+        """Write eval.json, eval.md and, with `picture`, eval.png; their paths."""
         paths = [folder / name for name in ("eval.json", "eval.md", "eval.png")]
         value = {"about": self.about, "rows": self.rows, "failures": self.failures}
         with _files.replacing(paths[0]) as new:
             new.write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
         with _files.replacing(paths[1]) as new:
             new.write_text(self.markdown() + "\n")
+        if not picture:
+            return paths[:2]
         figure = self._draw()
         with _files.replacing(paths[2]) as new:
             figure.savefig(new, dpi=110, format="png")

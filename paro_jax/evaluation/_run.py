@@ -17,7 +17,7 @@ from tqdm import tqdm
 import calibrate
 import paro_jax
 from paro_jax import metrics, video_metrics
-from paro_jax.evaluation._methods import METHODS, WIDTHS, Context, Method, at_sample, sharing
+from paro_jax.evaluation._methods import METHODS, WIDTHS, Context, Method, at_sample, few, sharing
 from paro_jax.evaluation._report import Table
 from paro_jax.evaluation._subject import Made, Setting, Subject
 
@@ -55,10 +55,13 @@ class Extractors:
 
 
 def default_rows(densities: Sequence[float] = DENSITIES) -> list[Row]:
-    """Every method at every density, and every width where `QUANTISED` says."""
-    rows = [Row(m.name, d) for m in METHODS for d in (densities if m.densities else (None,))]
+    """Every method at every density, and every width where `QUANTISED` says; the last density comes last."""
+    rows = {d: [Row(m.name, d) for m in METHODS if m.densities] for d in densities}
+    *most, last = rows.values()
+    own = [Row(m.name, None) for m in METHODS if not m.densities]
     quantised = [(method, density) for method, density in QUANTISED if density == 1 or density in densities]
-    return rows + [Row(method, density, width) for method, density in quantised for width in list(WIDTHS)[1:]]
+    widths = [Row(method, density, width) for method, density in quantised for width in WIDTHS]
+    return list(dict.fromkeys([*(row for some in most for row in some), *own, *widths, *last]))
 
 
 def evaluate(
@@ -80,7 +83,7 @@ def evaluate(
 
     Raises ValueError for an unknown method or width, and where `out` holds another evaluation.
     """
-    rows = default_rows() if rows is None else list(rows)
+    rows = default_rows() if rows is None else list(dict.fromkeys(rows))
     methods = {method.name: method for method in METHODS}
     for row in rows:
         for name, value, known in (("method", row.method, methods), ("width", row.width, WIDTHS)):
@@ -95,7 +98,7 @@ def evaluate(
     cells = _Cells(out / "cells.jsonl", settings)
     todo = [(row, i) for row in rows for i in range(len(subject.cases)) if (row, i) not in cells]
     held = [row for row in rows if (row, "attention") not in cells]
-    bar = tqdm(total=len(subject.cases) + 2 + len(todo) + len(held), disable=None if progress else True, unit="cell")
+    bar = tqdm(total=len(subject.cases) + 3 + len(todo) + len(held), disable=None if progress else True, unit="cell")
 
     def tick(what: str) -> None:
         bar.set_description(what[:40].ljust(40))
@@ -106,14 +109,17 @@ def evaluate(
         judge.add(subject.generate(case, Setting(subject.dense(block))))
         tick("dense")
     cells.put(Row("dense", None), "videos", {"cells": judge.dense_scores()})
+    about = settings | {"versions": {"paro_jax": paro_jax.__version__, "jax": jax.__version__}}
+    about |= {"device": jax.devices()[0].device_kind}
     context = None
     if todo or held:
         densities = [row.density for row in rows if row.density is not None]
-        context = Context(
-            subject, subject.capture(subject.calibration, at, block), densities=densities, edges=edges, block=block
-        )
+        samples = subject.capture(subject.calibration, at, block)
         tick("capture")
-        heldout = _few(subject.capture([subject.heldout], at, block), at)
+        fitting = subject.capture([subject.fitting], at, block)
+        tick("capture to fit knobs")
+        context = Context(subject, samples, fitting, densities=densities, edges=edges, block=block)
+        heldout = few(subject.capture([subject.heldout], at, block))
         references = [_dense_of(sample, subject.dense(block)) for sample in heldout]
         tick("capture held-out")
     for row in rows:
@@ -139,9 +145,9 @@ def evaluate(
                 found = {"error": why_not} if cell is None else cell
             cells.put(row, i, found)
             tick(str(row))
+        finished = [row for row in rows if all((row, i) in cells for i in range(len(subject.cases)))]
+        Table.of(finished, cells.found, about, judge.frechet).save(out, picture=False)
     bar.close()
-    about = settings | {"versions": {"paro_jax": paro_jax.__version__, "jax": jax.__version__}}
-    about |= {"device": jax.devices()[0].device_kind}
     table = Table.of(rows, cells.found, about, judge.frechet)
     table.save(out)
     return table
@@ -176,11 +182,12 @@ class _Cells:
             )
         if not lines:
             path.write_text(json.dumps(settings) + "\n")
-        for line in lines[1:]:
+        for number, line in enumerate(lines[1:], 1):
             try:
                 row, case, cell = json.loads(line)
-            except ValueError:  # the last line of a run that was killed
-                continue
+            except ValueError:  # a run was killed while it wrote
+                path.write_text("".join(f"{kept}\n" for kept in lines[:number]))
+                break
             self.found[Row(*row), case] = cell
 
     def __contains__(self, key: tuple[Row, Any]) -> bool:
@@ -261,12 +268,6 @@ class _Judge:
         if len(rows) < 2 or len(self.features) < 2:
             return None
         return video_metrics.frechet_distance(np.stack(self.features), rows)
-
-
-def _few(samples: Sequence[calibrate.Sample], at: Sequence[int]) -> list[calibrate.Sample]:
-    """Those of two steps, early and late."""
-    steps = sorted({sample.step for sample in samples})
-    return [s for s in samples if s.step in (steps[len(steps) // 4], steps[-1 - len(steps) // 4])]
 
 
 def _dense_of(sample: calibrate.Sample, plan: Any) -> np.ndarray:

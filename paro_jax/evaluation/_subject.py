@@ -63,8 +63,10 @@ class Made:
 class Subject:
     """A model, and how it is sampled.
 
-    `sample(predict, noise, steps=, progress=, carry=)` is one of `paro_jax.models.samplers`. `view` makes of latents
-    what is compared: float32 [F, H, W, C], pixels in [0, 1] if there is a decoder (`pixels` says so), latents if not.
+    Of the prompts that are not in the table, plans are made on `calibration`, knobs of online methods fitted on
+    `fitting`, and single attention calls judged on `heldout`. `sample(predict, noise, steps=, progress=, carry=)` is
+    one of `paro_jax.models.samplers`. `view` makes of latents what is compared: float32 [F, H, W, C], pixels in [0, 1]
+    if there is a decoder (`pixels` says so), latents if not.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Subject:
     pixels: bool
     cases: Sequence[Case]
     calibration: Sequence[Case]
+    fitting: Case
     heldout: Case
     dtype: Any = jnp.float32
     compiled: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
