@@ -1,7 +1,7 @@
 # make demo        the main job on this machine; writes out/demo/
 # make test        the tests
 # make test-oldest the tests with the oldest jax we support
-# make compile-report  compile the GPU kernels without a GPU and say what they became (installs several GB)
+# make compile-report  compile the GPU kernels without a GPU and say what they became (installs 1.4 GB)
 # make compile-test    the tests that need that compiler
 # make lint        ruff and pyright
 # make notebooks   run notebooks/*.py and write the .ipynb beside each

@@ -186,7 +186,7 @@ for site, (q, k, _) in enumerate(net.capture(*inputs)):
         gains.append((kept - best, site, head, order, best, kept))
 chosen = sorted(gains, reverse=True)[:4]
 
-figure, axes = plt.subplots(2, len(chosen), figsize=(11.5, 6.2), squeeze=False, layout="constrained")
+figure, axes = plt.subplots(2, len(chosen), figsize=(10.2, 5.6), squeeze=False, layout="constrained")
 for site, (q, k, _) in enumerate(net.capture(*inputs)):
     for column, (_, where, head, order, best, kept) in enumerate(chosen):
         if where != site:
@@ -195,7 +195,7 @@ for site, (q, k, _) in enumerate(net.capture(*inputs)):
             (0, grid.orders[0], f"layer {site}, head {head}: {grid.orders[0]}\nbest blocks hold {best:.0%}"),
             (1, order, f"{order}\nkept blocks hold {kept:.0%}"),
         ):
-            picture = np.asarray(calibrate.attention_map(q[1:, :, [head]], k[1:, :, [head]], grid, name, size=200))[0]
+            picture = np.asarray(calibrate.attention_map(q[1:, :, [head]], k[1:, :, [head]], grid, name, size=180))[0]
             ax = axes[row, column]
             ax.imshow(np.sqrt(np.minimum(picture, np.quantile(picture, 0.995))), cmap="magma", interpolation="nearest")
             ax.set(xticks=[], yticks=[])

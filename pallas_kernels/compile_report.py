@@ -76,6 +76,9 @@ _GROUP = {"q": "row", "k": "block", "v": "channel"}  # what one scale covers by 
 _MACS = {"HGMMA": 2048, "IGMMA": 4096, "QGMMA": 4096}  # multiply-adds a clock of one SM, by kind of tensor instruction
 
 
+_PROGRAMS = {"ptxas": "nvcc", "nvdisasm": "nvdisasm"}  # that compile and show machine code, and whose package has each
+
+
 class MissingCompiler(ValueError):
     """The packages that compile for a GPU are not installed. The message says how to install them."""
 
@@ -220,8 +223,8 @@ def _macs(op: str) -> int:
 
 def missing() -> str | None:
     """What keeps this machine from compiling for a GPU, or None."""
-    absent = [] if importlib.util.find_spec("jax_cuda13_plugin") else ["jax[cuda13]"]
-    absent += [] if _tool("nvdisasm") else ["nvidia-cuda-nvdisasm"]
+    absent = [] if importlib.util.find_spec("jax_cuda13_plugin") else ["jax-cuda13-plugin"]
+    absent += [f"nvidia-cuda-{package}" for program, package in _PROGRAMS.items() if not _tool(program)]
     return f"the CUDA compiler packages are missing: {', '.join(absent)}" if absent else None
 
 
@@ -229,7 +232,7 @@ def require_compiler() -> None:
     """Raise MissingCompiler unless everything that `measure` runs is installed."""
     if reason := missing():
         raise MissingCompiler(
-            f"{reason}. `make compile-report` makes an environment that has them (several GB) and runs this there; no "
+            f"{reason}. `make compile-report` makes an environment that has them (1.4 GB) and runs this there; no "
             "GPU is needed."
         )
 
