@@ -47,7 +47,7 @@ class Table:
         rows: Sequence[Any],
         cells: Mapping[tuple[Any, Any], dict[str, Any]],
         about: dict[str, Any],
-        frechet: Callable[[list], float | None],
+        frechet: Callable[[Mapping[int, Sequence[float]]], float | None],
     ) -> Table:
         """From `_run.Row`s and finished cells."""
         seeds = [seed for _, seed, _ in about["cases"]]
@@ -79,7 +79,7 @@ class Table:
                 line["over_paro"] = _mean(gaps)
                 spread = _spread(gaps)
                 line["over_paro_error"] = None if spread is None else spread / math.sqrt(len(gaps))
-            features = [cell["features"] for _, cell in good if "features" in cell]
+            features = {i: cell["features"] for i, cell in good if "features" in cell}
             line["frechet"] = frechet(features) if features else None
             level = cells[row, "attention"]
             for name in ("relative_l1", "cosine"):
