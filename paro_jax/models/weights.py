@@ -55,7 +55,7 @@ def from_pretrained(
 ) -> Model:
     """A published model, FLUX.1, CogVideoX or Wan (text to image and text to video), with its weights.
 
-    Memory: each parameter is read, cast and transposed band by band into its place, so that no second copy of the model
+    Memory: each parameter is read band by band into its place, and cast on the way, so that no second copy of the model
     exists; on a mesh each device gets its shard alone.
 
     Args:
