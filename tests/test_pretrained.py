@@ -443,12 +443,17 @@ def test_a_name_on_the_hub(cog, monkeypatch):
     assert asked == [("someone/CogVideoX", ["transformer/*.safetensors", "transformer/*.json"])]
     assert "has no folder transformer_2/" in fails("someone/Wan/transformer_2")
 
-    def no_network(name, **_):
-        raise OSError("Cannot reach\nthe hub")
+    class RemoteProtocolError(Exception):
+        """What httpx raises in the middle of a download."""
 
-    hub.snapshot_download = no_network
-    message = fails("someone/CogVideoX")
-    assert "someone/CogVideoX could not be fetched from the hub (OSError: Cannot reach the hub)" in message
+    for error in (OSError("Cannot reach\nthe hub"), ValueError("bad id"), RemoteProtocolError("peer closed")):
+
+        def failing(name, error=error, **_):
+            raise error
+
+        hub.snapshot_download = failing
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        assert f"someone/CogVideoX could not be fetched from the hub ({what})" in fails("someone/CogVideoX")
 
 
 def test_a_name_on_the_hub_without_the_extra(monkeypatch):
