@@ -65,7 +65,7 @@ for path, value in nnx.to_flat_state(nnx.state(full, nnx.Param)):
     group = group or ("38 single blocks" if part == "single" else "embedders, final layer")
     kind = "modulation" if "modulation" in str(path) else "feed-forward" if "mlp" in str(path) else "attention"
     kind = "other" if group.startswith("emb") else kind
-    # A single block has one matrix out of both: a fifth of its rows are attention's.
+    # A single block has one matrix out of both: a fifth of its inputs are attention's.
     shares = {kind: 1.0}
     if part == "single" and path[1] == "to_out":
         shares = {"attention": 0.2, "feed-forward": 0.8}
@@ -87,7 +87,8 @@ plt.show()
 # ## 1. A folder of diffusers
 #
 # `config.json` says what the model is, one or more `.safetensors` files hold the tensors, and names are those of the
-# PyTorch modules. Ours differ in name and are transposed, `[in, out]`; `flux.diffusers_names` is the whole table.
+# PyTorch modules. Ours differ in name alone: `flux.diffusers_names` is the whole table, and a linear layer keeps its
+# `weight` as `[out, in]`, unlike the `kernel` of `nnx.Linear`, so that nothing is turned round on the way.
 #
 # The stand-in: random weights, but for the queries and keys. FLUX turns both by their place in the image (RoPE), so
 # if they were constant, a token would look at its neighbours and nothing else. Each head gets constants that favour
@@ -134,7 +135,7 @@ def write_tiny(path):
             whole = whole * 2.2  # sharper attention
         for i, x in enumerate(whole if "{}" in name else [whole]):
             key = f"{name.format(i)}.{'bias' if leaf == 'bias' else 'weight'}"
-            tensors[key] = np.ascontiguousarray(x.T, np.float32) if leaf == "kernel" else np.array(x, np.float32)
+            tensors[key] = np.array(x, np.float32)
     path.mkdir()
     save_file(tensors, path / "diffusion_pytorch_model.safetensors")
     (path / "config.json").write_text(json.dumps(TINY))
@@ -161,7 +162,7 @@ print(net.config)
 # %% [markdown]
 # ## 2. Keep it: an orbax checkpoint
 #
-# The converted weights as arrays of JAX, restored onto any number of devices without transposing anything again. The
+# The converted weights as arrays of JAX, restored onto any number of devices; names, dtype and layers are settled. The
 # shell has `paro convert FLUX.1-dev flux-dev-orbax`.
 
 # %%

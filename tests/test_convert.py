@@ -73,7 +73,7 @@ def test_another_resolution_and_another_model(converted):
         from_pretrained(converted, model="flux-dev")
     with pytest.raises(WeightsError, match=r"blocks.norm1.linear.bias: expected shape \(3, 384\), found \(2, 384\)"):
         load_checkpoint(converted, config=dataclasses.replace(taller, num_layers=3))
-    with pytest.raises(WeightsError, match=r"text.kernel: expected shape \(25, 64\), found \(24, 64\)"):
+    with pytest.raises(WeightsError, match=r"text.weight: expected shape \(64, 25\), found \(64, 24\)"):
         load_checkpoint(converted, config=dataclasses.replace(taller, text_embed_dim=25))
 
 
@@ -91,7 +91,7 @@ def test_what_the_command_says(capsys, source, tmp_path):
     assert status == 2 and not out and "is there already" in err and "--force" in err and err.count("\n") == 1
     status, out, err = paro(capsys, "convert", source, tmp_path / "out", "--force", "--dtype", "f32")
     assert status == 0 and "from_pretrained(" in out
-    assert leaves(from_pretrained(tmp_path / "out", dtype=None))["patch.kernel"].dtype == np.float32
+    assert leaves(from_pretrained(tmp_path / "out", dtype=None))["patch.weight"].dtype == np.float32
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
@@ -219,7 +219,8 @@ def cut(path):
 
 
 DAMAGE = {
-    "of a newer version": (lambda p: damage(p, lambda h: h.update(schema=2)), "expected schema 1, found 2"),
+    "of an older version": (lambda p: damage(p, lambda h: h.update(schema=1)), "found 1; convert it again"),
+    "of a newer version": (lambda p: damage(p, lambda h: h.update(schema=3)), "expected schema 2, found 3; update"),
     "of another kind": (lambda p: damage(p, lambda h: h.update(kind="x")), "expected kind 'paro_jax.models'"),
     "unknown model": (lambda p: damage(p, lambda h: h.update(model="Sora")), "not a configuration of ours"),
     "unknown setting": (lambda p: damage(p, lambda h: h["config"].update(x=1)), "not a configuration of ours"),
@@ -262,11 +263,11 @@ def check(model, ways):
         np.testing.assert_array_equal(x, whole[name], err_msg=name)
         assert len(x.sharding.device_set) == 8, name
         part = x.addressable_shards[0].data
-        if name in ("blocks.to_q.kernel", "blocks.mlp_in.kernel", "patch.kernel"):
+        if name in ("blocks.to_q.weight", "blocks.mlp_in.weight", "patch.weight"):
+            assert part.shape == (*x.shape[:-2], x.shape[-2] // ways, x.shape[-1]), (name, part.shape)
+        elif name in ("blocks.to_out.weight", "blocks.mlp_out.weight"):
             assert part.shape == (*x.shape[:-1], x.shape[-1] // ways), (name, part.shape)
-        elif name in ("blocks.to_out.kernel", "blocks.mlp_out.kernel"):
-            assert part.shape == (x.shape[0], x.shape[1] // ways, x.shape[2]), (name, part.shape)
-        elif not name.endswith("kernel"):
+        elif not name.endswith("weight"):
             assert part.shape == x.shape, name
 
 tensor = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)

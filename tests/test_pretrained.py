@@ -138,12 +138,12 @@ def test_dtypes(tmp_path):
     kept = {
         ".".join(map(str, key)) for key, p in nnx.to_flat_state(nnx.state(net)) if p.get_value().dtype == np.float32
     }
-    linear = {f"{name}.{leaf}" for name in ("time_in", "time_out") for leaf in ("kernel", "bias")}
+    linear = {f"{name}.{leaf}" for name in ("time_in", "time_out") for leaf in ("weight", "bias")}
     assert kept == linear | {"table", "blocks.table", "blocks.norm_cross.scale", "blocks.norm_cross.bias"}
-    assert net.blocks.mlp_in.kernel[...].dtype == jnp.bfloat16
+    assert net.blocks.mlp_in.weight[...].dtype == jnp.bfloat16
     # The very bits that casting the file's numbers gives.
-    bf16 = jnp.asarray(weights["blocks.1.ffn.net.2.weight"].T).astype(jnp.bfloat16)
-    np.testing.assert_array_equal(net.blocks.mlp_out.kernel[1], bf16)
+    bf16 = jnp.asarray(weights["blocks.1.ffn.net.2.weight"]).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(net.blocks.mlp_out.weight[1], bf16)
 
     half = {key: value.astype(np.float16) for key, value in weights.items()}
     save_file(half, tmp_path / "half.safetensors")
@@ -165,17 +165,19 @@ def test_a_dtype_that_weights_do_not_have(cog, tmp_path, dtype):
     assert not (tmp_path / "x.safetensors").exists()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # straight into its place; cast
 @pytest.mark.parametrize("rows", [1, 3, 512])
-def test_bands_of_any_height_give_the_same_bits(tmp_path, monkeypatch, rows):
+def test_bands_of_any_height_give_the_same_bits(tmp_path, monkeypatch, rows, dtype):
     weights, _, _ = parity.read("flux_dev_bfl")
     save_file(weights, tmp_path / "flux.safetensors")
-    monkeypatch.setattr("paro_jax.models._stream._ROWS", rows)
+    monkeypatch.setattr("paro_jax.models._stream._CACHED", 64 * rows)
     monkeypatch.setattr("paro_jax.models._stream._BYTES", 64 * rows)
-    net = from_pretrained(tmp_path / "flux.safetensors", model=SMALL_FLUX, dtype=jnp.float32)
+    net = from_pretrained(tmp_path / "flux.safetensors", model=SMALL_FLUX, dtype=dtype)
+    weights = {key: value.astype(jnp.dtype(dtype)) for key, value in weights.items()}
     qkv = weights["double_blocks.1.txt_attn.qkv.weight"]
-    np.testing.assert_array_equal(net.double.text.to_k.kernel[1], qkv[32:64].T)
+    np.testing.assert_array_equal(net.double.text.to_k.weight[1], qkv[32:64])
     linear = weights["single_blocks.0.linear1.weight"]
-    np.testing.assert_array_equal(net.single.mlp_in.kernel[0], linear[96:].T)
+    np.testing.assert_array_equal(net.single.mlp_in.weight[0], linear[96:])
     swapped = weights["final_layer.adaLN_modulation.1.bias"]
     np.testing.assert_array_equal(net.modulation_out.bias[...], np.concatenate([swapped[32:], swapped[:32]]))
 
@@ -441,12 +443,17 @@ def test_a_name_on_the_hub(cog, monkeypatch):
     assert asked == [("someone/CogVideoX", ["transformer/*.safetensors", "transformer/*.json"])]
     assert "has no folder transformer_2/" in fails("someone/Wan/transformer_2")
 
-    def no_network(name, **_):
-        raise OSError("Cannot reach\nthe hub")
+    class RemoteProtocolError(Exception):
+        """What httpx raises in the middle of a download."""
 
-    hub.snapshot_download = no_network
-    message = fails("someone/CogVideoX")
-    assert "someone/CogVideoX could not be fetched from the hub (OSError: Cannot reach the hub)" in message
+    for error in (OSError("Cannot reach\nthe hub"), ValueError("bad id"), RemoteProtocolError("peer closed")):
+
+        def failing(name, error=error, **_):
+            raise error
+
+        hub.snapshot_download = failing
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        assert f"someone/CogVideoX could not be fetched from the hub ({what})" in fails("someone/CogVideoX")
 
 
 def test_a_name_on_the_hub_without_the_extra(monkeypatch):

@@ -12,12 +12,13 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from paro_jax.models._mapping import sources
+from paro_jax.models.layers import Linear
 from paro_jax.models.weights import Rows, WeightsError, load, save
 
 
 class Net(nnx.Module):
     def __init__(self, wide: int = 3, *, rngs: nnx.Rngs):
-        self.a = nnx.Linear(2, wide, rngs=rngs)
+        self.a = Linear(2, wide, rngs=rngs)
         self.b = nnx.LayerNorm(wide, rngs=rngs)
 
     def __call__(self, x):
@@ -38,7 +39,7 @@ def build():
 def test_round_trip(file):
     x = jnp.ones((1, 2))
     np.testing.assert_array_equal(load(build, file)(x), Net(rngs=nnx.Rngs(1))(x))
-    assert set(load_file(file)) == {"a.kernel", "a.bias", "b.scale", "b.bias"}
+    assert set(load_file(file)) == {"a.weight", "a.bias", "b.scale", "b.bias"}
     assert jax.tree.leaves(nnx.state(load(build, file, dtype=jnp.bfloat16)))[0].dtype == jnp.bfloat16
 
 
@@ -83,7 +84,7 @@ FOUND = {"one.weight": (3, 2), "one.bias": (3,), "two.weight": (3,), "two.bias":
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        ({"a": "one", "b": "one"}, "one.weight is mapped twice, to a.kernel and b.scale"),
+        ({"a": "one", "b": "one"}, "one.weight is mapped twice, to a.weight and b.scale"),
         ({"a": Rows("one", ((0, 1), (1, 2), (1, 2))), "b": "two"}, "one.bias is mapped twice, to a.bias and a.bias"),
         ({"a": Rows("one", ((2, 5),)), "b": "two"}, "one.weight: rows 0 to 2 are mapped to nothing"),
         ({"a": "one"}, "nothing in the file is mapped to b.bias, b.scale"),
@@ -93,6 +94,18 @@ def test_a_table_that_is_not_one_to_one_is_refused(names, says):
     with pytest.raises(WeightsError) as caught:
         sources(build, names, FOUND, "here")
     assert says in str(caught.value), str(caught.value)
+
+
+def test_a_kernel_of_flax_is_not_taken_for_a_weight(tmp_path):
+    """It is the transpose, and a square one would fit."""
+
+    def square():
+        return nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+
+    save(square(), tmp_path / "net.safetensors", dtype=jnp.float32)
+    np.testing.assert_array_equal(load(square, tmp_path / "net.safetensors").kernel, square().kernel)  # its own name
+    with pytest.raises(WeightsError, match=r"found kernels \[in, out\], kernel\. .*layers\.Linear"):
+        load(square, tmp_path / "net.safetensors", names={"": "one"})
 
 
 # --- memory and devices, each in a process of its own ---------------------------------------------------------------
@@ -118,8 +131,7 @@ if action == "write":
     tensors = {}
     for source in every_source(nnx.state(nnx.eval_shape(build), nnx.Param), cogvideox.diffusers_names(config)):
         for key in source.keys:
-            shape = source.piece[::-1] if source.is_kernel else source.piece
-            tensors[key] = np.ones(shape, np.float32)
+            tensors[key] = np.ones(source.piece, np.float32)
     save_file(tensors, path)
     weights.save_checkpoint(weights.from_pretrained(path, model=config, dtype=jnp.float32), path + ".converted")
 else:

@@ -98,7 +98,7 @@ class Tiny(NamedTuple):
             key = self.names[bare if bare in self.names else ".".join(module)] + suffix
             whole = np.asarray(value.get_value())
             for i, x in enumerate(whole if "{}" in key else [whole]):
-                tensors[key.format(i)] = np.ascontiguousarray(x.T if leaf == "kernel" else x)
+                tensors[key.format(i)] = x
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
         (folder / "config.json").write_text(json.dumps(self.published))

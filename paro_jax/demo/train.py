@@ -127,8 +127,8 @@ def optimiser(rate) -> optax.GradientTransformation:
     def dimensions(params):
         def pick(path, x):
             name = jax.tree_util.keystr(path)
-            if "blocks" in name and "kernel" in name and x.ndim == 3:
-                return optax.contrib.MuonDimensionNumbers(1, 2)
+            if "blocks" in name and "weight" in name and x.ndim == 3:
+                return optax.contrib.MuonDimensionNumbers(2, 1)
             return None
 
         return jax.tree_util.tree_map_with_path(pick, params)
@@ -217,7 +217,7 @@ def _as_state(params):
 
 
 def export(params, path: pathlib.Path) -> None:
-    """The averaged weights, bf16, one tensor per parameter named by its path ("transformer.blocks.to_q.kernel")."""
+    """The averaged weights, bf16, one tensor per parameter named by its path ("transformer.blocks.to_q.weight")."""
     flat = {
         ".".join(str(getattr(k, "key", k)) for k in path_): np.asarray(jnp.asarray(x, jnp.bfloat16))
         for path_, x in jax.tree_util.tree_leaves_with_path(params)

@@ -32,7 +32,7 @@ from paro_jax.models._published import Config, Model
 from paro_jax.models._safetensors import DTYPES, Tensor, WeightsError, open_file, read_json
 
 _KIND = "paro_jax.models"
-_SCHEMA = 1
+_SCHEMA = 2  # 1 had kernels [in, out]
 # Trained weights do not compress: it costs time and saves a fifth at best. And an array is a folder of its own.
 _PACKING = dict(use_compression=False, use_ocdbt=False, use_zarr3=False)
 
@@ -208,8 +208,9 @@ def _header(path: Path) -> dict[str, Any]:
         raise WeightsError(
             f"{where}: expected kind {_KIND!r}, found {header.get('kind')!r}; name a converted checkpoint."
         )
-    if header.get("schema") != _SCHEMA:
-        raise WeightsError(f"{where}: expected schema {_SCHEMA}, found {header.get('schema')!r}; update paro_jax.")
+    if (found := header.get("schema")) != _SCHEMA:
+        advice = "convert it again" if found == 1 else "update paro_jax"
+        raise WeightsError(f"{where}: expected schema {_SCHEMA}, found {found!r}; {advice}.")
     return header
 
 

@@ -22,15 +22,15 @@ class Rows:
 
 Names = Mapping[str, "str | Rows"]  # our module (or bare parameter) -> theirs; "{}" stands for the number of the layer
 
-_THEIR_LEAF = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+_THEIR_LEAF = {"weight": "weight", "scale": "weight", "bias": "bias"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
     """Where one of our parameters comes from: `keys` has one name, or one per layer of a stacked parameter.
 
-    Every tensor of theirs is taken as a matrix of rows. Of a kernel, theirs is `[out, in]` (a convolution's axes behind
-    the first are `in`) and ours the transpose; of anything else the rows are those of ours.
+    Every tensor is taken as a matrix of rows, the same in theirs and ours. `is_weight`: ours is `[out, in]`, and theirs
+    may be a convolution's, whose axes behind the first are `in`.
     """
 
     path: tuple[Any, ...]
@@ -38,7 +38,7 @@ class Source:
     keys: tuple[str, ...]
     ranges: tuple[tuple[int, int], ...]
     stacked: bool
-    is_kernel: bool
+    is_weight: bool
 
     @property
     def name(self) -> str:
@@ -52,7 +52,7 @@ class Source:
     @property
     def rows(self) -> int:
         """Rows of theirs that make one layer of ours."""
-        return self.piece[-1] if self.is_kernel else (*self.piece, 1)[0]
+        return (*self.piece, 1)[0]
 
     @property
     def width(self) -> int:
@@ -65,12 +65,11 @@ class Source:
         return self.ranges or ((0, self.rows),)
 
     def problem(self, key: str, shape: tuple[int, ...], rows: int) -> str | None:
-        """A kernel of theirs has shape `[rows, ...]`, in any rank; the rest is shaped as ours but for axes of 1."""
-        if self.is_kernel:
-            ours = (rows, self.piece[0])
-            fits = len(shape) >= 2 and shape[0] == rows and math.prod(shape[1:]) == self.piece[0]
+        """A weight of theirs has shape `[rows, ...]`, in any rank; the rest is shaped as ours but for axes of 1."""
+        ours = (rows, *self.piece[1:])
+        if self.is_weight:
+            fits = len(shape) >= 2 and shape[0] == rows and math.prod(shape[1:]) == self.piece[1]
         else:
-            ours = (rows, *self.piece[1:])
             fits = [n for n in shape if n != 1] == [n for n in ours if n != 1]
         return None if fits else f"{key}: expected shape {ours}, found {tuple(shape)}"
 
@@ -90,8 +89,17 @@ def sources(
     part; `where` names the file in it.
     """
     params = build if isinstance(build, nnx.State) else nnx.state(nnx.eval_shape(build), nnx.Param)
-    if lost := [] if names is None else [_name(p) for p, _ in nnx.to_flat_state(params) if _theirs(p, names) is None]:
-        raise WeightsError(f"{where}: nothing in the file is mapped to {', '.join(lost)}; complete the table of names.")
+    if names is not None:
+        paths = [path for path, _ in nnx.to_flat_state(params)]
+        if lost := [_name(path) for path in paths if _theirs(path, names) is None]:
+            raise WeightsError(
+                f"{where}: nothing in the file is mapped to {', '.join(lost)}; complete the table of names."
+            )
+        if turned := [_name(path) for path in paths if path[-1] == "kernel"]:  # a square one would go unnoticed
+            raise WeightsError(
+                f"{where}: expected weights [out, in], as in the file; found kernels [in, out], {', '.join(turned)}. "
+                "Build the module with paro_jax.models.layers.Linear."
+            )
     wanted = every_source(params, names)
     claims: dict[str, list[tuple[int, int, str]]] = {}
     for source in wanted:
@@ -141,7 +149,7 @@ def _source(path: tuple, shape: tuple[int, ...], names: Names | None) -> Source:
     key = name if bare in names else f"{name}.{_THEIR_LEAF[leaf]}"
     stacked = "{}" in key
     keys = tuple(key.format(i) for i in range(shape[0])) if stacked else (key,)
-    return Source(path, shape, keys, ranges, stacked, leaf == "kernel")
+    return Source(path, shape, keys, ranges, stacked, leaf == "weight" and len(shape) == 2 + stacked)
 
 
 def raise_if(problems: Sequence[str], where: Any) -> None:

@@ -56,19 +56,14 @@ class Tensor:
     dtype: np.dtype
     shape: tuple[int, ...]
 
-    def read_into(self, views: list[memoryview], start: int) -> None:
-        """Fill `views`, one after the other, from byte `start` of the tensor on."""
-        wanted, found = sum(view.nbytes for view in views), 0
-        while found < wanted:
-            got = os.preadv(self.descriptor, views, self.offset + start + found)
+    def read_into(self, view: memoryview, start: int) -> None:
+        """Fill `view` from byte `start` of the tensor on."""
+        found = 0
+        while found < view.nbytes:  # one call reads 2 GiB at most
+            got = os.preadv(self.descriptor, [view[found:]], self.offset + start + found)
             if got == 0:
                 raise WeightsError(f"{self.file} was cut short while it was read; fetch it again.")
             found += got
-            while got and got >= views[0].nbytes:  # one call reads 2 GiB at most
-                got -= views[0].nbytes
-                views = views[1:]
-            if got:
-                views = [views[0][got:], *views[1:]]
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Weights from disk into their place: band by band, cast once, transposed in cache, each device only its shard."""
+"""Weights from disk into their place: band by band, cast once, each device only its shard."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from tqdm import tqdm
 from paro_jax.models._mapping import Source
 from paro_jax.models._safetensors import Tensor
 
-# Rows of theirs in a band. Ours are written in runs of that many elements, and a band still fits a cache.
-_ROWS = 512
-_BYTES = 1 << 22  # in a band of what is not transposed
+_BYTES = 1 << 22  # in a band that goes straight into its place
+_CACHED = 1 << 19  # in one that is read into a cache first
 _ROW_PARALLEL = ("to_out", "mlp_out")  # their input is what the layer before has sharded
 
 Bounds = tuple[tuple[int, int], ...]
@@ -35,14 +34,17 @@ def mesh_or_current(mesh: Mesh | None) -> Mesh | None:
 def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """How a parameter is sharded by default (tensor parallelism as in Megatron, arXiv 1909.08053).
 
-    Kernels `[..., in, out]` along their heads or features: `out`, or `in` for the projection that ends an attention or
-    a feed-forward. Along the mesh axis "model", or the last one if none has that name. The rest is replicated, and a
-    kernel too whose axis does not divide.
+    Weights `[..., out, in]` and Flax's kernels `[..., in, out]` along their heads or features: `out`, or `in` for the
+    projection that ends an attention or a feed-forward. Along the mesh axis "model", or the last one if none has that
+    name. The rest is replicated, and a matrix too whose axis does not divide.
     """
     axis = "model" if "model" in mesh.axis_names else mesh.axis_names[-1]
     *module, leaf = name.split(".")
-    dim = len(shape) - (2 if module and module[-1] in _ROW_PARALLEL else 1)
-    if leaf != "kernel" or shape[dim] % mesh.shape[axis]:
+    if leaf not in ("weight", "kernel") or len(shape) < 2:
+        return PartitionSpec()
+    out, into = (-2, -1) if leaf == "weight" else (-1, -2)
+    dim = len(shape) + (into if module and module[-1] in _ROW_PARALLEL else out)
+    if shape[dim] % mesh.shape[axis]:
         return PartitionSpec()
     return PartitionSpec(*[None] * dim, axis)
 
@@ -90,21 +92,27 @@ def _parameter(
             for device, index in indices.items()
         }
     parts = {bounds: _aligned(tuple(b - a for a, b in bounds), dtype) for bounds in set(places.values())}
+    axis = 2 if source.stacked else 1
+    # Whole rows of the right dtype go from the file into their place; a part of a row, or a cast, by way of a cache.
+    straight = all(bounds[axis:] == whole[axis:] for bounds in parts)
+    straight = straight and all(tensors[key].dtype == dtype for key in source.keys)
 
     def band(job: tuple[int, str, int, int, int]) -> int:
         layer, key, first, last, at = job
-        tensor = tensors[key]
+        tensor, rows = tensors[key], None
         nbytes = source.width * tensor.dtype.itemsize
-        if whole in parts and len(parts) == 1 and tensor.dtype == dtype and not source.is_kernel:
-            place = (parts[whole][layer, ...] if source.stacked else parts[whole]).reshape(-1).view(np.uint8)
-            tensor.read_into([memoryview(place)[at * nbytes : (at + last - first) * nbytes]], first * nbytes)
-        else:
-            rows = _rows(tensor, source, first, last, dtype, local)
-            for bounds, part in parts.items():
-                _copy(rows, source, layer, at, bounds, part)
+        for bounds, part in parts.items():
+            start, stop, place = _place(source, layer, at, at + last - first, bounds, part)
+            if start >= stop:
+                continue
+            if straight:
+                tensor.read_into(memoryview(place.reshape(-1).view(np.uint8)), (first + start - at) * nbytes)
+            else:
+                rows = _rows(tensor, source, first, last, local) if rows is None else rows
+                _copy(rows[(slice(start - at, stop - at), *(slice(a, b) for a, b in bounds[axis:]))], place)
         return (last - first) * nbytes
 
-    for nbytes in pool.map(band, _bands(source, tensors)):
+    for nbytes in pool.map(band, _bands(source, tensors, _BYTES if straight else _CACHED)):
         bar.update(nbytes)
     if sharding is None:
         return jax.device_put(parts[whole])  # on the default device, and free to move
@@ -112,11 +120,11 @@ def _parameter(
     return jax.make_array_from_single_device_arrays(source.shape, sharding, arrays)
 
 
-def _bands(source: Source, tensors: Mapping[str, Tensor]) -> list[tuple[int, str, int, int, int]]:
-    """(layer, key, first and last row of theirs, where they go in ours) of everything that is to be read."""
+def _bands(source: Source, tensors: Mapping[str, Tensor], size: int) -> list[tuple[int, str, int, int, int]]:
+    """(layer, key, first and last row of theirs, where they go in ours) of bands of `size` bytes, or one row."""
     bands = []
     for layer, key in enumerate(source.keys):
-        step = _ROWS if source.is_kernel else max(_BYTES // max(source.width * tensors[key].dtype.itemsize, 1), 1)
+        step = max(size // max(source.width * tensors[key].dtype.itemsize, 1), 1)
         at = 0
         for a, b in source.claims:
             for first in range(a, b, step):
@@ -126,44 +134,37 @@ def _bands(source: Source, tensors: Mapping[str, Tensor]) -> list[tuple[int, str
     return bands
 
 
-def _rows(tensor: Tensor, source: Source, first: int, last: int, dtype: np.dtype, local: Any) -> np.ndarray:
-    """Rows of a tensor, cast, in memory of this thread that the next call overwrites."""
-    nbytes = source.width * tensor.dtype.itemsize
-    geometry = (last - first, nbytes, tensor.dtype, source.is_kernel)
-    if getattr(local, "geometry", None) != geometry:
-        # For a transpose, an odd number of cache lines from row to row: were it a power of two, all of a column would
-        # compete for one set of the cache.
-        stride = (-(-nbytes // 64) | 1) * 64 if source.is_kernel else nbytes
-        scratch = _aligned((last - first, stride), np.dtype(np.uint8))
-        local.geometry, local.rows = geometry, scratch[:, :nbytes].view(tensor.dtype)
-        local.views = (
-            [memoryview(row[:nbytes]) for row in scratch] if source.is_kernel else [memoryview(scratch.ravel())]
-        )
-    tensor.read_into(local.views, first * nbytes)
-    return local.rows if tensor.dtype == dtype else local.rows.astype(dtype)
-
-
-def _copy(rows: np.ndarray, source: Source, layer: int, at: int, bounds: Bounds, part: np.ndarray) -> None:
-    """What a shard (`bounds` of ours) has of a band of rows that goes `at` some place of ours."""
+def _place(
+    source: Source, layer: int, first: int, last: int, bounds: Bounds, part: np.ndarray
+) -> tuple[int, int, np.ndarray]:
+    """Which of rows `first` to `last` of a layer of ours a shard (`bounds`) has, and where it has them."""
     if source.stacked:
         (start, stop), bounds = bounds[0], bounds[1:]
         if not start <= layer < stop:
-            return
+            return first, first, part[:0]
         part = part[layer - start, ...]
-    # Numbers of one kind are copied as integers: NumPy is slow with a dtype that is not its own.
-    unsigned = np.dtype(f"u{part.dtype.itemsize}")
-    rows, part = rows.view(unsigned), part.view(unsigned)
-    if not bounds:  # a number alone
-        part[...] = rows.reshape(())
-        return
-    if source.is_kernel:
-        part, bounds = part.T, bounds[::-1]
-    else:
-        rows = rows.reshape(len(rows), *source.piece[1:])
-    (start, stop), *rest = bounds
-    first, last = max(at, start), min(at + len(rows), stop)
-    if first < last:
-        part[first - start : last - start] = rows[(slice(first - at, last - at), *(slice(a, b) for a, b in rest))]
+    (start, stop), part = (bounds[0], part) if bounds else ((0, 1), part.reshape(1))
+    first, last = max(first, start), min(last, stop)
+    return first, last, part[first - start : max(last - start, 0)]
+
+
+def _rows(tensor: Tensor, source: Source, first: int, last: int, local: Any) -> np.ndarray:
+    """Rows of a tensor, in memory of this thread that the next call overwrites."""
+    size = (last - first) * source.width * tensor.dtype.itemsize
+    memory = getattr(local, "memory", None)
+    if memory is None or memory.size < size:
+        memory = local.memory = np.empty(size, np.uint8)
+    memory = memory[:size]
+    tensor.read_into(memoryview(memory), first * source.width * tensor.dtype.itemsize)
+    return memory.view(tensor.dtype).reshape(last - first, *source.piece[1:])
+
+
+def _copy(rows: np.ndarray, place: np.ndarray) -> None:
+    """Into `place`, and cast if it has another dtype."""
+    if rows.dtype == place.dtype:  # as integers: NumPy is slow with a dtype that is not its own
+        unsigned = np.dtype(f"u{place.dtype.itemsize}")
+        rows, place = rows.view(unsigned), place.view(unsigned)
+    place[...] = rows
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

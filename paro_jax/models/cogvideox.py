@@ -24,6 +24,7 @@ from paro_jax.models._mapping import Rows
 from paro_jax.models.layers import (
     AttentionFn,
     Heads,
+    Linear,
     Remat,
     activate,
     attend,
@@ -177,7 +178,7 @@ class Modulation(nnx.Module):
     """adaLN-zero for both streams: one shared affine LayerNorm; (shift, scale, gate) for video, then for text."""
 
     def __init__(self, config: CogVideoXConfig, *, rngs: nnx.Rngs):
-        self.linear = nnx.Linear(config.time_embed_dim, 6 * config.dim, rngs=rngs)
+        self.linear = Linear(config.time_embed_dim, 6 * config.dim, rngs=rngs)
         self.norm = nnx.LayerNorm(config.dim, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
 
     def __call__(self, x: Array, temb: Array, is_text: Array) -> tuple[Array, Array]:
@@ -196,12 +197,12 @@ class Block(nnx.Module):
         dim = config.dim
         self.config = config
         self.norm1 = Modulation(config, rngs=rngs)
-        self.to_q, self.to_k, self.to_v, self.to_out = (nnx.Linear(dim, dim, rngs=rngs) for _ in range(4))
+        self.to_q, self.to_k, self.to_v, self.to_out = (Linear(dim, dim, rngs=rngs) for _ in range(4))
         self.norm_q = nnx.LayerNorm(config.head_dim, epsilon=1e-6, use_fast_variance=False, rngs=rngs)
         self.norm_k = nnx.LayerNorm(config.head_dim, epsilon=1e-6, use_fast_variance=False, rngs=rngs)
         self.norm2 = Modulation(config, rngs=rngs)
-        self.mlp_in = nnx.Linear(dim, config.mlp_ratio * dim, rngs=rngs)
-        self.mlp_out = nnx.Linear(config.mlp_ratio * dim, dim, rngs=rngs)
+        self.mlp_in = Linear(dim, config.mlp_ratio * dim, rngs=rngs)
+        self.mlp_out = Linear(config.mlp_ratio * dim, dim, rngs=rngs)
 
     def __call__(
         self,
@@ -225,7 +226,7 @@ class Block(nnx.Module):
             o = attend(self.qkv(h, rope), attention_fn, plan)
         else:
 
-            def project(role: Literal["q", "k", "v"], linear: nnx.Linear, norm: nnx.LayerNorm | None):
+            def project(role: Literal["q", "k", "v"], linear: Linear, norm: nnx.LayerNorm | None):
                 return paro_jax.project_in(
                     h,
                     *head_weights(linear, self.config.num_heads),
@@ -260,15 +261,15 @@ class CogVideoX(nnx.Module):
     def __init__(self, config: CogVideoXConfig, *, rngs: nnx.Rngs):
         self.config = config
         pixels, dim, time = math.prod(config.patch), config.dim, config.time_embed_dim
-        self.patch = nnx.Linear(config.in_channels * pixels, dim, rngs=rngs)
-        self.text = nnx.Linear(config.text_embed_dim, dim, rngs=rngs)
-        self.time_in = nnx.Linear(dim, time, rngs=rngs)
-        self.time_out = nnx.Linear(time, time, rngs=rngs)
+        self.patch = Linear(config.in_channels * pixels, dim, rngs=rngs)
+        self.text = Linear(config.text_embed_dim, dim, rngs=rngs)
+        self.time_in = Linear(dim, time, rngs=rngs)
+        self.time_out = Linear(time, time, rngs=rngs)
         self.blocks = nnx.vmap(lambda r: Block(config, rngs=r))(rngs.split(config.num_layers))
         self.norm_final = nnx.LayerNorm(dim, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
-        self.modulation_out = nnx.Linear(time, 2 * dim, rngs=rngs)
+        self.modulation_out = Linear(time, 2 * dim, rngs=rngs)
         self.norm_out = nnx.LayerNorm(dim, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
-        self.proj_out = nnx.Linear(dim, config.out_channels * pixels, rngs=rngs)
+        self.proj_out = Linear(dim, config.out_channels * pixels, rngs=rngs)
 
     def __call__(
         self,

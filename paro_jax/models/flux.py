@@ -25,6 +25,7 @@ from paro_jax.models._mapping import Rows
 from paro_jax.models.layers import (
     AttentionFn,
     Heads,
+    Linear,
     Remat,
     activate,
     attend,
@@ -166,8 +167,8 @@ class Embedder(nnx.Module):
     """Two linear layers with a SiLU between."""
 
     def __init__(self, channels: int, dim: int, *, rngs: nnx.Rngs):
-        self.in_layer = nnx.Linear(channels, dim, rngs=rngs)
-        self.out_layer = nnx.Linear(dim, dim, rngs=rngs)
+        self.in_layer = Linear(channels, dim, rngs=rngs)
+        self.out_layer = Linear(dim, dim, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         return self.out_layer(jax.nn.silu(self.in_layer(x)))
@@ -178,9 +179,9 @@ class Projections(nnx.Module):
 
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.to_q, self.to_k, self.to_v = (nnx.Linear(config.dim, config.dim, rngs=rngs) for _ in range(3))
+        self.to_q, self.to_k, self.to_v = (Linear(config.dim, config.dim, rngs=rngs) for _ in range(3))
         self.norm_q, self.norm_k = (nnx.RMSNorm(config.head_dim, epsilon=1e-6, rngs=rngs) for _ in range(2))
-        self.mlp_in = nnx.Linear(config.dim, config.mlp_ratio * config.dim, rngs=rngs)
+        self.mlp_in = Linear(config.dim, config.mlp_ratio * config.dim, rngs=rngs)
 
     def qkv(self, h: Array) -> Heads:
         """`[B, N, C]` -> q, k, v `[B, N, heads, D]`, normed, not rotated."""
@@ -196,9 +197,9 @@ class Stream(Projections):
 
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
-        self.modulation = nnx.Linear(config.dim, 6 * config.dim, rngs=rngs)
-        self.to_out = nnx.Linear(config.dim, config.dim, rngs=rngs)
-        self.mlp_out = nnx.Linear(config.mlp_ratio * config.dim, config.dim, rngs=rngs)
+        self.modulation = Linear(config.dim, 6 * config.dim, rngs=rngs)
+        self.to_out = Linear(config.dim, config.dim, rngs=rngs)
+        self.mlp_out = Linear(config.mlp_ratio * config.dim, config.dim, rngs=rngs)
 
     def finish(self, x: Array, o: Array, parts: list[Array]) -> Array:
         """x `[B, N, C]` with the attention's o `[B, N, C]` and the feed-forward added, each through its gate."""
@@ -257,8 +258,8 @@ class SingleBlock(Projections):
 
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
-        self.modulation = nnx.Linear(config.dim, 3 * config.dim, rngs=rngs)
-        self.to_out = nnx.Linear((1 + config.mlp_ratio) * config.dim, config.dim, rngs=rngs)
+        self.modulation = Linear(config.dim, 3 * config.dim, rngs=rngs)
+        self.to_out = Linear((1 + config.mlp_ratio) * config.dim, config.dim, rngs=rngs)
 
     def parts(self, temb: Array) -> list[Array]:
         """shift, scale and gate, `[B, C]` each."""
@@ -275,7 +276,7 @@ class SingleBlock(Projections):
             q, k, v = self.qkv(h)
             return attend((rotate(q, rope), rotate(k, rope), v), attention_fn, plan)
 
-        def project(role: Literal["q", "k", "v"], linear: nnx.Linear, norm: nnx.RMSNorm | None):
+        def project(role: Literal["q", "k", "v"], linear: Linear, norm: nnx.RMSNorm | None):
             return paro_jax.project_in(
                 h,
                 *head_weights(linear, self.config.num_heads),
@@ -303,16 +304,16 @@ class Flux(nnx.Module):
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
         self.config = config
         dim, pixels = config.dim, config.in_channels * config.patch_size**2
-        self.patch = nnx.Linear(pixels, dim, rngs=rngs)
-        self.text = nnx.Linear(config.text_embed_dim, dim, rngs=rngs)
+        self.patch = Linear(pixels, dim, rngs=rngs)
+        self.text = Linear(config.text_embed_dim, dim, rngs=rngs)
         self.time = Embedder(config.time_embed_dim, dim, rngs=rngs)
         self.pooled = Embedder(config.pooled_dim, dim, rngs=rngs)
         if config.guided:
             self.guidance = Embedder(config.time_embed_dim, dim, rngs=rngs)
         self.double = nnx.vmap(lambda r: DoubleBlock(config, rngs=r))(rngs.split(config.num_double))
         self.single = nnx.vmap(lambda r: SingleBlock(config, rngs=r))(rngs.split(config.num_single))
-        self.modulation_out = nnx.Linear(dim, 2 * dim, rngs=rngs)
-        self.proj_out = nnx.Linear(dim, pixels, rngs=rngs)
+        self.modulation_out = Linear(dim, 2 * dim, rngs=rngs)
+        self.proj_out = Linear(dim, pixels, rngs=rngs)
 
     def __call__(
         self,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.nnx.nn import dtypes
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
@@ -80,10 +81,28 @@ def split_heads(x: Array, heads: int) -> Array:
     return x.reshape(*x.shape[:2], heads, -1)
 
 
-def head_weights(linear: nnx.Linear, heads: int) -> tuple[Array, Array | None]:
+class Linear(nnx.Module):
+    """Linear layer `[..., in]` -> `[..., out]` with `weight` `[out, in]`, as PyTorch and all published files have it.
+
+    `nnx.Linear` has the transpose, under the name `kernel`. A product takes either as it lies, but turning billions of
+    numbers round costs more than reading them, so ours are kept as they come. Drawn as `nnx.Linear` draws its own.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, rngs: nnx.Rngs):
+        drawn = nnx.Linear(in_features, out_features, rngs=rngs)
+        self.weight = nnx.Param(drawn.kernel[...].T)
+        self.bias = drawn.bias
+
+    def __call__(self, x: Array) -> Array:
+        x, weight, bias = dtypes.promote_dtype((x, self.weight[...], self.bias[...]))
+        y = jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
+        return y + bias.reshape([1] * (y.ndim - 1) + [-1])
+
+
+def head_weights(linear: Linear, heads: int) -> tuple[Array, Array]:
     """Kernel `[C, heads, D]` and bias `[heads, D]` of a projection, as `paro_jax.project_in` takes them."""
-    kernel, bias = linear.kernel[...], linear.bias
-    return kernel.reshape(kernel.shape[0], heads, -1), None if bias is None else bias[...].reshape(heads, -1)
+    weight, bias = linear.weight[...], linear.bias[...]
+    return weight.reshape(heads, -1, weight.shape[1]).transpose(2, 0, 1), bias.reshape(heads, -1)
 
 
 def head_norm(norm: nnx.LayerNorm | nnx.RMSNorm) -> Norm:

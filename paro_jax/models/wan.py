@@ -24,6 +24,7 @@ from paro_jax._plan import check_fits
 from paro_jax.models.layers import (
     AttentionFn,
     Heads,
+    Linear,
     Remat,
     activate,
     attend,
@@ -159,7 +160,7 @@ class Attention(nnx.Module):
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
         dim = config.dim
         self.num_heads = config.num_heads
-        self.to_q, self.to_k, self.to_v, self.to_out = (nnx.Linear(dim, dim, rngs=rngs) for _ in range(4))
+        self.to_q, self.to_k, self.to_v, self.to_out = (Linear(dim, dim, rngs=rngs) for _ in range(4))
         self.norm_q = nnx.RMSNorm(dim, epsilon=1e-6, rngs=rngs)
         self.norm_k = nnx.RMSNorm(dim, epsilon=1e-6, rngs=rngs)
 
@@ -202,8 +203,8 @@ class Block(nnx.Module):
         self.attention = Attention(config, rngs=rngs)
         self.cross = Attention(config, rngs=rngs)
         self.norm_cross = nnx.LayerNorm(dim, epsilon=1e-6, use_fast_variance=False, rngs=rngs)
-        self.mlp_in = nnx.Linear(dim, config.mlp_dim, rngs=rngs)
-        self.mlp_out = nnx.Linear(config.mlp_dim, dim, rngs=rngs)
+        self.mlp_in = Linear(dim, config.mlp_dim, rngs=rngs)
+        self.mlp_out = Linear(config.mlp_dim, dim, rngs=rngs)
         self.table = nnx.Param(jax.random.normal(rngs.params(), (6, dim)) / math.sqrt(dim))
 
     def modulate(self, x: Array, modulation: Array, which: int) -> tuple[Array, Array]:
@@ -244,15 +245,15 @@ class Wan(nnx.Module):
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
         self.config = config
         pixels, dim = math.prod(config.patch), config.dim
-        self.patch = nnx.Linear(config.in_channels * pixels, dim, rngs=rngs)
-        self.text_in = nnx.Linear(config.text_embed_dim, dim, rngs=rngs)
-        self.text_out = nnx.Linear(dim, dim, rngs=rngs)
-        self.time_in = nnx.Linear(config.time_embed_dim, dim, rngs=rngs)
-        self.time_out = nnx.Linear(dim, dim, rngs=rngs)
-        self.modulation = nnx.Linear(dim, 6 * dim, rngs=rngs)
+        self.patch = Linear(config.in_channels * pixels, dim, rngs=rngs)
+        self.text_in = Linear(config.text_embed_dim, dim, rngs=rngs)
+        self.text_out = Linear(dim, dim, rngs=rngs)
+        self.time_in = Linear(config.time_embed_dim, dim, rngs=rngs)
+        self.time_out = Linear(dim, dim, rngs=rngs)
+        self.modulation = Linear(dim, 6 * dim, rngs=rngs)
         self.blocks = nnx.vmap(lambda r: Block(config, rngs=r))(rngs.split(config.num_layers))
         self.table = nnx.Param(jax.random.normal(rngs.params(), (2, dim)) / math.sqrt(dim))
-        self.proj_out = nnx.Linear(dim, config.out_channels * pixels, rngs=rngs)
+        self.proj_out = Linear(dim, config.out_channels * pixels, rngs=rngs)
 
     def __call__(
         self,
@@ -317,7 +318,7 @@ class Wan(nnx.Module):
         x = self.patch(patchify(latents.swapaxes(1, 2), config.patch))
         # One timestep for all tokens or one for each: [B, 1 or N, ...] from here on.
         timestep = timestep if timestep.ndim == 2 else timestep[:, None]
-        time = timestep_embedding(timestep, config.time_embed_dim).astype(self.time_in.kernel.dtype)
+        time = timestep_embedding(timestep, config.time_embed_dim).astype(self.time_in.weight.dtype)
         temb = self.time_out(jax.nn.silu(self.time_in(time))).astype(latents.dtype)
         modulation = self.modulation(jax.nn.silu(temb)).astype(jnp.float32).reshape(*temb.shape[:2], 6, config.dim)
         text = self.text_out(jax.nn.gelu(self.text_in(text), approximate=True))

@@ -55,7 +55,7 @@ def from_pretrained(
 ) -> Model:
     """A published model, FLUX.1, CogVideoX or Wan (text to image and text to video), with its weights.
 
-    Memory: each parameter is read, cast and transposed band by band into its place, so that no second copy of the model
+    Memory: each parameter is read band by band into its place, and cast on the way, so that no second copy of the model
     exists; on a mesh each device gets its shard alone.
 
     Args:
@@ -205,7 +205,7 @@ def _download(name: str, folder: str) -> Path:
         ) from error
     try:
         root = huggingface_hub.snapshot_download(name, allow_patterns=[f"{folder}/*.safetensors", f"{folder}/*.json"])
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a connection that breaks raises what its HTTP client has, another in each version
         raise WeightsError(
             f"{name} could not be fetched from the hub ({type(error).__name__}: {' '.join(str(error).split())[:300]}). "
             f"{advice}check name, network, and for gated models your login and their licence."
