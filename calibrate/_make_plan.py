@@ -133,7 +133,7 @@ def _calibrate(
     state = file.load()
     work = {"orders": (len(task.orders) + 1 if len(task.orders) > 1 else 0, samples), "mass": (2, samples)}
     if heldout is not None:
-        work["heldout"] = (3 * len(task.densities), heldout)
+        work["heldout"] = (6 * len(task.densities), heldout)
     with _Bar(progress, work, state.passed) as bar:
         run = _Run(task, samples, state, file, bar, first)
         names = _decide_orders(run)
@@ -337,6 +337,9 @@ def _judge(task: Task, plans: list[AttentionPlan], heldout: Samples, bar: "_Bar"
             local = plan[sample.bucket][sample.site] if len(plan.lead) == 2 else plan[sample.site]
             mass = _score.chosen_mass(task, sample, local.order_list())
             _checkpoint.add(held.mass, key, _choose.kept_mass(mass, np.asarray(local.mask().keep)))
+            after, before = _score.incoherence(task, sample, local.order_list())
+            _checkpoint.add(held.incoherence, key, after)
+            _checkpoint.add(held.model_incoherence, key, before)
             if sample.v is not None:
                 error, cosine = _score.output_error(sample, local)
                 _checkpoint.add(held.error, key, error)

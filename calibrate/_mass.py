@@ -29,6 +29,14 @@ def block_mass(
 
     Raises ValueError for shapes that do not fit each other or the grid, and for an order the grid does not have.
     """
+    q, k, slots = checked(q, k, grid, order, block)
+    return block_sums(q, k, row_lse(q, k), slots, block=tuple(block))
+
+
+def checked(
+    q: Any, k: Any, grid: TokenGrid, order: str | Sequence[str], block: tuple[int, int]
+) -> tuple[jax.Array, jax.Array, np.ndarray]:
+    """q, k and the slots of every head; ValueError for what does not fit."""
     q, k = jnp.asarray(q), jnp.asarray(k)
     if q.ndim != 4 or q.shape != k.shape or q.shape[1] != grid.tokens:
         raise ValueError(
@@ -38,9 +46,8 @@ def block_mass(
     names = [order] * q.shape[2] if isinstance(order, str) else list(order)
     if len(names) != q.shape[2]:
         raise ValueError(f"order must be one name, or one per head of q, {q.shape[2]}; got {len(names)}: {names}.")
-    slots = head_slots(grid, names)
     grid.blocks(block)  # validates block
-    return block_sums(q, k, row_lse(q, k), slots, block=tuple(block))
+    return q, k, head_slots(grid, names)
 
 
 def attention_map(
@@ -77,6 +84,16 @@ def row_lse(q: jax.Array, k: jax.Array) -> jax.Array:
     return _each(lambda q, k: _each(head, q, k), _queries(q), _by_head(k))
 
 
+@jax.jit
+def row_top(q: jax.Array, k: jax.Array) -> jax.Array:
+    """The largest score of every row, in log2 units: float32 [heads, B, N]."""
+
+    def head(q, k):
+        return jax.lax.map(lambda rows: _dot(rows, k).max(-1), _cut(q, _STRIP_ROWS)).reshape(-1)[: len(q)]
+
+    return _each(lambda q, k: _each(head, q, k), _queries(q), _by_head(k))
+
+
 @functools.partial(jax.jit, static_argnames="block")
 def block_sums(q: jax.Array, k: jax.Array, lse: jax.Array, slots: jax.Array, *, block: tuple[int, int]) -> jax.Array:
     """Sum of P over every block, averaged over the batch: float32 [heads, nq, nk].
@@ -102,6 +119,30 @@ def block_shapes(
     size = np.multiply.outer(*(_block_tokens(slots.shape[-1], b) for b in block)).astype(np.float32)[None, None]
     # P is 0 where the scores are beyond float32; a block of zeros is perfectly even.
     return (size - large) / size, jnp.where(total > 0, peak * size / jnp.where(total > 0, total, 1), 1)
+
+
+@functools.partial(jax.jit, static_argnames="block")
+def block_peaks(
+    q: jax.Array, k: jax.Array, lse: jax.Array, slots: jax.Array, *, block: tuple[int, int]
+) -> tuple[jax.Array, jax.Array]:
+    """max P / mean P, averaged over batch and groups: float32 [heads] for blocks, and for each row of a block.
+
+    A group of zeros counts as even, 1. Arguments as `block_sums`.
+    """
+    rows, keys = (_block_tokens(slots.shape[-1], b) for b in block)
+
+    def reduce(p):
+        total = p.sum(-1)  # [query blocks, bq, nk]
+        width = jnp.asarray(keys, jnp.float32)[None, None]
+        even = jnp.where(total > 0, p.max(-1) * width / jnp.where(total > 0, total, 1), 1)
+        return _sum(p), p.max((1, 3)), even.sum(1)
+
+    total, peak, even = _block_statistics(q, k, lse, slots, block, reduce)
+    size = np.multiply.outer(rows, keys).astype(np.float32)[None, None]
+    blocks = jnp.where(total > 0, peak * size / jnp.where(total > 0, total, 1), 1)
+    # A row past the end was counted as an even one.
+    even = (even - (block[0] - rows).astype(np.float32)[None, None, :, None]).sum(2) / slots.shape[-1]
+    return jnp.mean(blocks, (1, 2, 3)), jnp.mean(even, (1, 2))
 
 
 @jax.jit

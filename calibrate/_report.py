@@ -17,15 +17,22 @@ from paro_jax import AttentionPlan, _files
 
 _COLUMNS = 12  # kept-block pictures in a row
 _DRAWN = 48  # heads in the picture of kept blocks
+# What a row says of held-out samples, and where `Held` has it.
+_HELD = {"mass": "mass", "l1": "error", "cosine": "cosine"} | {
+    name: name for name in ("incoherence", "model_incoherence")
+}
 
 
 @dataclass
 class Held:
-    """Means over held-out samples, {(bucket, site): float64 [heads]}: mass retained, output error, output cosine."""
+    """Means over held-out samples, {(bucket, site): float64 [heads]}: mass retained, output error and cosine, and the
+    incoherence of blocks in the plan's order and in model order."""
 
     mass: Sums = field(default_factory=dict)
     error: Sums = field(default_factory=dict)
     cosine: Sums = field(default_factory=dict)
+    incoherence: Sums = field(default_factory=dict)
+    model_incoherence: Sums = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +43,8 @@ class Report:
     / all blocks), retained_mass (part of the attention that the kept blocks hold), threshold (None when each row has
     its own), error and model_error (what the objective says of the chosen order and of model order; None with one
     candidate), heldout_mass, heldout_l1 (relative L1 of the output against dense attention), heldout_cosine (None
-    where there was no held-out sample, or none with v).
+    where there was no held-out sample, or none with v), heldout_incoherence and heldout_model_incoherence (mean over
+    blocks of max P / mean P, in the order chosen and in model order: the lower, the better a block quantises).
     `summary`: settings and figures of the whole. `unmatched`: what was asked for and matched nothing.
     """
 
@@ -51,7 +59,7 @@ class Report:
         width = max(len(name) for name, _ in lines)
         text = [f"{name.ljust(width)}  {value}" for name, value in lines] + [""]
         columns = ["bucket", "site", "orders", "density", "least", "most", "retained mass", "least"]
-        held = [name for name in ("heldout_mass", "heldout_l1", "heldout_cosine") if self.summary.get(name) is not None]
+        held = [f"heldout_{name}" for name in _HELD if self.summary.get(f"heldout_{name}") is not None]
         cells = [columns + [name.replace("_", " ").replace("heldout", "held-out") for name in held]]
         for (bucket, site), rows in _by_site(self.rows).items():
             density, mass = ([row[name] for row in rows] for name in ("density", "retained_mass"))
@@ -195,8 +203,8 @@ def make(
             if errors is not None:
                 row["error"] = float(errors[task.orders.index(row["order"]), head])
                 row["model_error"] = float(errors[0, head]) if task.orders[0] == task.grid.orders[0] else None
-            for name in ("mass", "l1", "cosine"):
-                sums = {} if held is None else {"mass": held.mass, "l1": held.error, "cosine": held.cosine}[name]
+            for name, attribute in _HELD.items():
+                sums = {} if held is None else getattr(held, attribute)
                 found = sums.get((bucket, site))
                 row[f"heldout_{name}"] = None if found is None else float(found.mean[head])
             rows.append(row)
@@ -222,8 +230,8 @@ def make(
     }
     if held is not None:
         summary["heldout_samples"] = sum(entry.count for entry in held.mass.values())
-        for name in ("heldout_mass", "heldout_l1", "heldout_cosine"):
-            summary[name] = _mean([row[name] for row in rows])
+        for name in _HELD:
+            summary[f"heldout_{name}"] = _mean([row[f"heldout_{name}"] for row in rows])
     return Report(rows, summary, _unmatched(task, task.densities[density], rows, held, buckets, sites), plan)
 
 

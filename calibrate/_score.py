@@ -84,6 +84,16 @@ def chosen_mass(task: Task, sample: Checked, names: Sequence[str], lse: jax.Arra
     return np.asarray(_mass.block_sums(sample.q, sample.k, lse, slots, block=task.block))
 
 
+def incoherence(task: Task, sample: Checked, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over blocks of max P / mean P of a sample, in the order of each head and in model order: float64 [heads]."""
+    lse = _row_lse(sample)
+    found = []
+    for order in (names, [task.grid.orders[0]] * len(names)):
+        slots = _mass.head_slots(task.grid, order)
+        found.append(np.asarray(_mass.block_peaks(sample.q, sample.k, lse, slots, block=task.block)[0], np.float64))
+    return found[0], found[1]
+
+
 def share(task: Task, mass: np.ndarray) -> np.ndarray:
     """s_ij: mass over the tokens of the query block, so that the rows of a map sum to 1."""
     return mass / task.grid.block_tokens(task.block[0])[:, None].astype(np.float32)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-Width = Literal["bf16", "fp8", "int8", "int4"]
+Width = Literal["bf16", "fp8", "int8", "int4", "fp4"]
 FLOATS = ("float32", "bfloat16", "float16")
 
 
@@ -24,10 +24,14 @@ class WidthFacts(NamedTuple):
 
 WIDTHS: dict[str, WidthFacts] = {
     "bf16": WidthFacts(None, 1.0, 1.0),
-    "fp8": WidthFacts(jnp.float8_e4m3fn, 448.0, 256.0),
+    # P fills e4m3's range, as in SageAttention2. (FlashAttention-3 stops at 256, which only loses a bit below 2^-14.)
+    "fp8": WidthFacts(jnp.float8_e4m3fn, 448.0, 448.0),
     "int8": WidthFacts(jnp.int8, 127.0, 127.0),
     # int4 on a 4-bit grid stored in int8: [-7, 7] for q, k, v; [0, 15] for P, which has no sign.
     "int4": WidthFacts(jnp.int8, 7.0, 15.0),
+    # e2m1 in groups of 16 along what the product sums over, each with an e4m3 scale (NVFP4). Stored multiplied out:
+    # six bits of mantissa, which bfloat16 holds exactly, so there are no scales beside it.
+    "fp4": WidthFacts(jnp.bfloat16, 6.0, 6.0 * 448.0),
 }
 
 

@@ -36,13 +36,16 @@ class Request:
     device: str = "cpu"
     role: str = ""
     layout: str = "rows"  # "rows" | "hopper"; see arrange
+    features: tuple[str, ...] = ()  # what is asked for beyond widths, of FEATURES
 
     def __str__(self) -> str:
         tokens = f"{self.q_tokens}" if self.q_tokens == self.kv_tokens else f"{self.q_tokens}x{self.kv_tokens}"
         shape = f"b{self.batch}-h{self.heads}-n{tokens}-d{self.head_dim}"
         role = (f"-{self.role}" if self.role else "") + (f"-{self.layout}" if self.layout != "rows" else "")
         blocks = f"{self.block[0]}x{self.block[1]}"
-        return f"{self.op}{role}-{shape}-{self.dtype}-{blocks}-qk_{self.qk}-pv_{self.pv}-{self.p_scale}-{self.device}"
+        widths = f"qk_{self.qk}-pv_{self.pv}-{self.p_scale}"
+        more = "".join(f"-{feature}" for feature in self.features)
+        return f"{self.op}{role}-{shape}-{self.dtype}-{blocks}-{widths}-{self.device}{more}"
 
 
 class Backend(NamedTuple):
@@ -97,12 +100,26 @@ def device_name() -> str:
     return device.platform
 
 
-def widths_served(request: Request, widths: Sequence[str]) -> str | None:
-    """A reason when `request` asks for a width that is not in `widths`."""
+def widths_served(request: Request, widths: Sequence[str], features: Sequence[str] = ()) -> str | None:
+    """A reason when `request` asks for a width that is not in `widths`, or for a feature not in `features`."""
     for argument, width in (("qk", request.qk), ("pv", request.pv)):
         if width not in widths:
             return f"{argument} width {width!r} is not served; it serves {', '.join(widths)}"
+    for feature in request.features:
+        if feature not in features:
+            return f"{FEATURES[feature]} is not served"
     return None
 
 
-ALL_WIDTHS = tuple(WIDTHS)
+# What a kernel multiplies; and with fp4, which exists as an emulation.
+ALL_WIDTHS = tuple(width for width in WIDTHS if width != "fp4")
+EMULATED_WIDTHS = tuple(WIDTHS)
+
+# What a recipe may ask for beyond widths and groups that every backend has. A backend names those it serves.
+FEATURES = {
+    "thread-groups": 'group "thread" (one scale per register set of a tensor core)',
+    "rotation": "a Hadamard rotation of q and k",
+    "q-mean": "a mean per query block",
+    "v-mean": "a mean of v",
+    "delta": "delta, scores added per query block and key",
+}

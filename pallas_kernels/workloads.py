@@ -44,7 +44,10 @@ class SupportRow(NamedTuple):
 
 
 _DEVICES = ("cpu", "tpu", "sm_80", "sm_89", "sm_90")
-_WIDTHS = (("bf16", "bf16"), ("fp8", "fp8"), ("int8", "bf16"), ("int8", "int8"), ("int4", "int8"), ("int4", "int4"))
+_WIDTHS = (
+    ("bf16", "bf16"), ("fp8", "fp8"), ("int8", "bf16"), ("int8", "int8"), ("int4", "int8"), ("int4", "int4"),
+    ("int4", "fp8"), ("fp4", "fp4"),
+)  # fmt: skip
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 

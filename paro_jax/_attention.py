@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from pallas_kernels import Norm, Rope
+from pallas_kernels import Norm, Rope, _hadamard
 from pallas_kernels._check import concrete
 from pallas_kernels.arrange import arrange as _kernel_arrange
 from pallas_kernels.block_attention import block_attention as _kernel_block_attention
@@ -33,10 +33,12 @@ _ARGUMENTS = {"q": "query", "k": "key", "v": "value"}
 class TokenBlocks:
     """One of q, k, v in kernel order, at its stored width; a pytree. Made by `arrange` or `project_in`, for `attend`.
 
-    `values`; `scales`: float32, one per group, None at width "bf16"; `mean`: float32 [B, heads, D],
-    the mean that was subtracted from K, or None; `order`: int8 [heads]. Static: `role`, `width`, the `grid` and `block`
-    of its plan, the `group` that one scale covers, `dtype` before quantisation, `head_dim`, and `layout`, of the
-    backend. `values` is [B, heads, N, D] in layout "rows"; pallas_kernels.arrange says what others look like.
+    `values`; `scales`: float32, one per group, None at widths "bf16" and "fp4"; `mean`: float32, the mean that was
+    subtracted or None: [B, heads, D] of K or V, [B, heads, nq, D] of the query blocks; `order`: int8 [heads]; `exact`:
+    K before rounding, where the query means need it (`smooth_q`), or None. Static: `role`, `width`, the `grid` and
+    `block` of its plan, the `group` that one scale covers, `dtype` before quantisation, `head_dim`, `layout`, of the
+    backend, and `rotated`: whether the channels were turned (`qk_rotate`). `values` is [B, heads, N, D] in layout
+    "rows"; pallas_kernels.arrange says what others look like.
     """
 
     values: jax.Array
@@ -51,6 +53,8 @@ class TokenBlocks:
     dtype: str = field(metadata=dict(static=True))
     layout: str = field(metadata=dict(static=True))
     head_dim: int = field(metadata=dict(static=True))
+    exact: jax.Array | None = None
+    rotated: bool = field(default=False, metadata=dict(static=True))
 
 
 def attention(
@@ -115,7 +119,8 @@ def arrange(
     """x [B, N, heads, D] in model order -> kernel order at the plan's width: norm, RoPE, K mean, reorder, round.
 
     `role`: "q", "k" or "v". `norm` and `rope` see the tokens in model order, before they move. K is smoothed when the
-    plan quantises QK^T: by `plan.k_mean` if it has one, else by the mean over its tokens.
+    plan quantises QK^T: by `plan.k_mean` if it has one, else by the mean over its tokens. A plan of mixed widths
+    (`with_wide`) leaves the rounding to `attend`.
 
     Raises ValueError for arguments that do not fit, NoBackend when no backend serves the request.
     """
@@ -183,7 +188,7 @@ def attend(
     scale = _check_scale(scale)
     plan = _check_plan(plan)
     implementation = implementation or (q.layout if isinstance(q, TokenBlocks) and q.layout != "rows" else None)
-    _check_blocks(q, k, v, plan, _layout(implementation))
+    _check_blocks(q, k, v, plan, _layout(plan, implementation))
     return _attended(q, k, v, plan, scale, implementation, return_residual)
 
 
@@ -223,7 +228,18 @@ def _projected(x, kernel, bias, plan, role, norm, rope, implementation):
 
 @partial(jax.jit, static_argnames=("role", "implementation"))
 def _arranged(x, plan, role, norm, rope, implementation) -> TokenBlocks:
-    quant, mean = plan.quant, None
+    layout = _layout(plan, implementation)
+    return _rounded(x, plan.slots, plan, _arranged_at(plan), role, norm, rope, layout, implementation)
+
+
+def _arranged_at(plan: AttentionPlan) -> QuantSpec:
+    """The widths that `arrange` rounds to: those of the plan, or none yet where a site may have one of two."""
+    return plan.quant if plan.wide is None else QuantSpec()
+
+
+def _rounded(x, slots, plan, quant: QuantSpec, role, norm, rope, layout, implementation) -> TokenBlocks:
+    """x [B, N, heads, D], whose kernel slots are `slots` (None: it is in kernel order), as `quant` says."""
+    mean = "block" if role == "q" and quant.smooths_q else "compute" if role == "v" and quant.smooths_v else None
     if role == "k" and quant.smooths_k:
         mean = "compute" if plan.k_mean is None else plan.k_mean
         if plan.k_mean is not None and plan.k_mean.shape[-1] != x.shape[-1]:
@@ -231,19 +247,21 @@ def _arranged(x, plan, role, norm, rope, implementation) -> TokenBlocks:
                 f"key must have head_dim {plan.k_mean.shape[-1]}, that of plan.k_mean; got {x.shape[-1]}. The plan was "
                 "calibrated for another model."
             )
-    values, scales, mean = _kernel_arrange(
+    stored = partial(
+        _kernel_arrange,
         x,
-        plan.slots,
+        slots,
         role=role,
-        width=quant.width(role),
         group=quant.group(role),
         block=plan.block[0] if role == "q" else plan.block[1],
         norm=norm,
         rope=rope,
-        mean=mean,
-        layout=_layout(implementation),
+        rotate=quant.rotates(role),
+        layout=layout,
         implementation=implementation,
     )
+    values, scales, mean = stored(width=quant.width(role), mean=mean)
+    exact = stored(width="bf16", mean=mean)[0] if role == "k" and quant.smooths_q else None
     return TokenBlocks(
         values,
         scales,
@@ -255,8 +273,10 @@ def _arranged(x, plan, role, norm, rope, implementation) -> TokenBlocks:
         plan.block,
         quant.group(role),
         str(x.dtype),
-        _layout(implementation),
+        layout,
         x.shape[-1],
+        exact,
+        quant.rotates(role),
     )
 
 
@@ -271,9 +291,27 @@ def _attended(
     return_residual,
     query=None,
 ):
+    if plan.wide is not None:
+
+        def at(quant):
+            local = replace(plan, quant=quant, wide=None, wide_quant=None)
+            layout = _layout(local, implementation)
+            # [B, heads, N, D] in kernel order back to the axes that `arrange` takes.
+            rounded = [
+                _rounded(jnp.swapaxes(x.values, 1, 2), None, local, quant, x.role, None, None, layout, implementation)
+                for x in (q, k, v)
+            ]
+            return _attended(*rounded, local, scale, implementation, return_residual, query)
+
+        return jax.lax.cond(plan.wide, lambda: at(plan.wide_quant), lambda: at(plan.quant))
+
     scale = 1.0 / math.sqrt(q.head_dim) if scale is None else scale
     count, index = plan.mask().schedule()
-    out = _kernel_block_attention(
+    delta = None
+    if q.mean is not None and k.exact is not None:
+        delta = jnp.einsum("bhid,bhkd->bhik", q.mean, k.exact.astype(jnp.float32), precision="highest")
+    dtype = jnp.dtype(v.dtype)
+    o, lse = _kernel_block_attention(
         q.values,
         k.values,
         v.values,
@@ -288,31 +326,39 @@ def _attended(
         q_scale=q.scales,
         k_scale=k.scales,
         v_scale=v.scales,
-        out_dtype=jnp.dtype(v.dtype),
+        delta=delta,
+        out_dtype=dtype if v.mean is None else jnp.float32,
         layout=v.layout,
         head_dim=v.head_dim,
         implementation=implementation,
-        return_residual=return_residual,
+        return_residual=True,
     )
+    if v.mean is not None:  # weights sum to 1, except where there are none
+        o = jnp.where(lse[..., None] == -jnp.inf, 0.0, o + v.mean[:, None]).astype(dtype)
     if not return_residual or k.mean is None:
-        return out
+        return (o, lse) if return_residual else o
     # q.(k - mean) lacks q.mean, one number per query: softmax does not see it, the log-sum-exp does.
-    o, lse = out
     if query is not None:  # not rounded, so the error does not grow with the mean that was smoothed away
         lacking = jnp.einsum("bnhd,bhd->bnh", query.astype(jnp.float32), k.mean, precision="highest")
     else:
-        lacking = _model_order(_row_products(q, k.mean), plan.slots)
+        mean = _hadamard.rotate(k.mean) if plan.quant.rotates("k") else k.mean
+        lacking = _model_order(_row_products(q, mean), plan.slots)
     return o, lse + scale * lacking
 
 
 def _row_products(q: TokenBlocks, mean: jax.Array) -> jax.Array:
     """float32 [B, heads, N]: the stored q of every kernel slot times the K mean of its head."""
     products = jnp.einsum("bhnd,bhd->bhn", q.values[..., : q.head_dim].astype(jnp.float32), mean, precision="highest")
-    if q.scales is None:
-        return products
     tokens = products.shape[-1]
-    per_token = q.scales if q.group == "row" else jnp.repeat(q.scales, q.block[0], axis=-1)[..., :tokens]
-    return products * per_token
+
+    def per_token(x):
+        return x if x.shape[-1] == tokens else jnp.repeat(x, q.block[0], axis=-1)[..., :tokens]
+
+    if q.scales is not None:
+        products = products * per_token(q.scales)
+    if q.mean is not None:
+        products = products + per_token(jnp.einsum("bhid,bhd->bhi", q.mean, mean, precision="highest"))
+    return products
 
 
 def _model_order(x: jax.Array, slots: jax.Array) -> jax.Array:
@@ -349,7 +395,7 @@ def _check_plan(plan: Any, quant: Any = None) -> AttentionPlan:
         raise ValueError(
             f"quant must be a QuantSpec or None; got {quant!r}. QuantSpec(qk={quant!r}, pv={quant!r}) is one."
         )
-    return plan if quant is None else replace(plan, quant=quant)
+    return plan if quant is None else replace(plan, quant=quant, wide=None, wide_quant=None)
 
 
 def _check_role(role: Any) -> None:
@@ -403,12 +449,13 @@ def _check_tokens(name: str, x: jax.Array, plan: AttentionPlan, like: jax.Array 
         raise ValueError(f"{name} must have the dtype of query, {like.dtype}; got {x.dtype}. Cast one of them.")
 
 
-def _layout(implementation: str | None) -> Literal["rows", "hopper"]:
-    """The layout that an implementation reads: its own where it has one."""
-    return "hopper" if implementation == "hopper" else "rows"
+def _layout(plan: AttentionPlan, implementation: str | None) -> Literal["rows", "hopper"]:
+    """The layout that an implementation reads: its own where it has one, unless `attend` is yet to round."""
+    return "hopper" if implementation == "hopper" and plan.wide is None else "rows"
 
 
 def _check_blocks(q: Any, k: Any, v: Any, plan: AttentionPlan, layout: str) -> None:
+    quant = _arranged_at(plan)
     for role, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, TokenBlocks):
             raise ValueError(
@@ -418,7 +465,9 @@ def _check_blocks(q: Any, k: Any, v: Any, plan: AttentionPlan, layout: str) -> N
             ("role", x.role, role),
             ("grid", x.grid, plan.grid),
             ("block", x.block, plan.block),
-            ("width", x.width, plan.quant.width(role)),
+            ("width", x.width, quant.width(role)),
+            ("qk_rotate", x.rotated, quant.rotates(role)),
+            ("smooth_q", (x.mean if role == "q" else x.exact) is not None, quant.smooths_q and role != "v"),
             ("layout", x.layout, layout),
             ("heads", x.values.shape[1], plan.heads),
         )

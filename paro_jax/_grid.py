@@ -13,6 +13,8 @@ from typing import Literal
 
 import numpy as np
 
+from paro_jax._gilbert import gilbert as _gilbert_places
+
 # The sequence fixes ties: calibration prefers the earlier name, and the first one, model order, costs nothing.
 _AXIS_ORDERS = {1: ("N",), 2: ("HW", "WH"), 3: ("FHW", "FWH", "HWF", "HFW", "WHF", "WFH")}
 _AXES = {1: "N", 2: "HW", 3: "FHW"}
@@ -39,6 +41,7 @@ class TokenGrid:
     `shape`: (frames, height, width), (height, width) or (tokens,), in tokens. `text`: tokens outside the grid.
     `text_position`: where the model keeps them, "first" or "last". `bricks`: brick sizes, one per extra order: a brick
     order visits the grid brick by brick, e.g. (4, 4, 4) adds "brick4x4x4"; bricks at the edges may be ragged.
+    `gilbert`: True adds the order "gilbert", a Hilbert curve through a box of any size.
 
     Raises ValueError for sizes that are not positive ints, an unknown text position or a brick of another rank.
     """
@@ -47,6 +50,7 @@ class TokenGrid:
     text: int = 0
     text_position: Literal["first", "last"] = "first"
     bricks: tuple[tuple[int, ...], ...] = ()
+    gilbert: bool = False
 
     def __post_init__(self) -> None:
         shape = self.shape
@@ -81,6 +85,8 @@ class TokenGrid:
         object.__setattr__(self, "bricks", tuple(tuple(int(n) for n in brick) for brick in bricks))
         if len(set(self.bricks)) != len(self.bricks):
             raise ValueError(f"bricks must not repeat a size; got {self.bricks}.")
+        if not isinstance(self.gilbert, bool):
+            raise ValueError(f"gilbert must be True or False; got {self.gilbert!r}.")
 
     @property
     def grid_tokens(self) -> int:
@@ -99,8 +105,9 @@ class TokenGrid:
 
     @property
     def orders(self) -> tuple[str, ...]:
-        """Names of the orders, model order first, then the other axis orders, then the brick orders."""
-        return _AXIS_ORDERS[len(self.shape)] + tuple("brick" + "x".join(map(str, brick)) for brick in self.bricks)
+        """Names of the orders: model order, the other axis orders, the brick orders, "gilbert"."""
+        bricks = tuple("brick" + "x".join(map(str, brick)) for brick in self.bricks)
+        return _AXIS_ORDERS[len(self.shape)] + bricks + ("gilbert",) * self.gilbert
 
     def index(self, order: str) -> np.ndarray:
         """int32 [tokens], kernel slot -> model token: grid tokens in `order`, then text. Read-only."""
@@ -119,7 +126,7 @@ class TokenGrid:
         if order not in self.orders:
             raise ValueError(
                 f"order must be one of {', '.join(self.orders)} for a grid of shape {self.shape}; got {order!r}. "
-                "Brick orders exist after TokenGrid(..., bricks=((4, 4, 4),))."
+                "Brick orders exist after TokenGrid(..., bricks=((4, 4, 4),)), the Hilbert curve after gilbert=True."
             )
         return self.orders.index(order)
 
@@ -153,6 +160,8 @@ def _grid_order(grid: TokenGrid, order_id: int) -> np.ndarray:
     if order_id < len(names):
         axes = _AXES[len(grid.shape)]
         return positions.transpose([axes.index(letter) for letter in names[order_id]]).reshape(-1)
+    if order_id == len(names) + len(grid.bricks):
+        return positions[tuple(_gilbert_places(grid.shape).T)]
     brick = grid.bricks[order_id - len(names)]
     starts = product(*(range(0, n, b) for n, b in zip(grid.shape, brick, strict=True)))
     cuts = (tuple(slice(s, s + b) for s, b in zip(start, brick, strict=True)) for start in starts)

@@ -1,7 +1,6 @@
 """What is computed: which (query block, key block) pairs of each head are kept."""
 
 from dataclasses import dataclass, field
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -62,10 +61,14 @@ class BlockMask:
         return cls(keep, check_block(block))
 
     def __and__(self, other: "BlockMask") -> "BlockMask":
-        return BlockMask(jnp.asarray(self.keep) & _other_keep(self, other), self.block)
+        """Blocks that both keep; leading axes broadcast, a plan's mask against one of each batch entry for one."""
+        mine, theirs = _both_keeps(self, other)
+        return BlockMask(mine & theirs, self.block)
 
     def __or__(self, other: "BlockMask") -> "BlockMask":
-        return BlockMask(jnp.asarray(self.keep) | _other_keep(self, other), self.block)
+        """Blocks that either keeps; leading axes broadcast."""
+        mine, theirs = _both_keeps(self, other)
+        return BlockMask(mine | theirs, self.block)
 
     def __repr__(self) -> str:
         shape = getattr(self.keep, "shape", type(self.keep).__name__)
@@ -103,11 +106,16 @@ def _density(kept: jax.Array, nk: int) -> float | jax.Array:
     return float(np.asarray(kept).sum(dtype=np.int64) / (kept.size * nk))
 
 
-def _other_keep(mask: BlockMask, other: object) -> jax.Array:
+def _both_keeps(mask: BlockMask, other: object) -> tuple[jax.Array, jax.Array]:
     if not isinstance(other, BlockMask) or other.block != mask.block:
         found = f"block {other.block}" if isinstance(other, BlockMask) else repr(other)
         raise ValueError(f"masks combine only with equal blocks: expected a BlockMask of {mask.block}; got {found}.")
-    return cast(jax.Array, jnp.asarray(other.keep))
+    mine, theirs = jnp.asarray(mask.keep), jnp.asarray(other.keep)
+    rank = max(mine.ndim, theirs.ndim)
+    # Said aloud, so that a rank never broadcasts by accident.
+    return mine.reshape((1,) * (rank - mine.ndim) + mine.shape), theirs.reshape(
+        (1,) * (rank - theirs.ndim) + theirs.shape
+    )
 
 
 def _shrink(keep: np.ndarray, step: int) -> np.ndarray:

@@ -38,6 +38,7 @@ class AttentionPlan:
     mask as `BlockMask.pack` gives it. `k_mean`: float32 [*lead, heads, head_dim], the calibrated mean of K after norm
     and RoPE, or None. Static: `grid`, `block` (bq, bk) in tokens, `order_names`, `quant`, `bucket_edges` (fractions of
     the schedule from 0 to 1; bucket g covers [edges[g], edges[g+1]); more than one bucket makes a bucket axis).
+    `wide`: bool [*lead], where `wide_quant` (static) takes the place of `quant`; both None when all is `quant`.
     """
 
     order: jax.Array
@@ -48,6 +49,8 @@ class AttentionPlan:
     order_names: tuple[str, ...] = _static()
     quant: QuantSpec = _static()
     bucket_edges: tuple[float, ...] = _static()
+    wide: jax.Array | None = None
+    wide_quant: QuantSpec | None = field(default=None, metadata=dict(static=True))
 
     @classmethod
     def dense(
@@ -145,8 +148,11 @@ class AttentionPlan:
         """The masks, unpacked: `keep` [*lead, heads, nq, nk]."""
         return BlockMask.unpack(self.keep_bits, nk=self.grid.blocks(self.block)[1], block=self.block)
 
-    def with_mask(self, mask: BlockMask) -> "AttentionPlan":
-        """This plan with another mask of the same shape: how an online policy, alone or `&` ours, reaches `attend`."""
+    def with_mask(self, mask: BlockMask, order: Any = None) -> "AttentionPlan":
+        """This plan with another mask of the same shape: how an online policy, alone or `&` ours, reaches `attend`.
+
+        `order`: int8 [*lead, heads], positions in `order_names`, where the policy chooses orders too; may be traced.
+        """
         _check_type("mask", mask, BlockMask)
         expected = (*self.order.shape, *self.grid.blocks(self.block))
         if mask.block != self.block or tuple(mask.keep.shape) != expected or mask.keep.dtype != bool:
@@ -154,7 +160,39 @@ class AttentionPlan:
                 f"mask must be bool {expected} in blocks of {self.block} to fit this plan; got {mask.keep.dtype} "
                 f"{tuple(mask.keep.shape)} in blocks of {mask.block}."
             )
-        return replace(self, keep_bits=mask.pack())
+        if order is None:
+            return replace(self, keep_bits=mask.pack())
+        order = jnp.asarray(order)
+        known = None if isinstance(order, Tracer) else np.asarray(order)
+        inside = known is None or ((known >= 0) & (known < len(self.order_names))).all()
+        if order.shape != self.order.shape or not jnp.issubdtype(order.dtype, jnp.integer) or not inside:
+            raise ValueError(
+                f"order must be integers {list(self.order.shape)} from 0 to {len(self.order_names) - 1}, positions in "
+                f"{', '.join(self.order_names)}; got {order.dtype} {list(order.shape)}: {order}."
+            )
+        return replace(self, keep_bits=mask.pack(), order=order.astype(jnp.int8))
+
+    def with_wide(self, quant: QuantSpec, where: Any) -> "AttentionPlan":
+        """This plan with `quant` instead of its own at some sites and buckets: mixed widths.
+
+        `where`: bool [*lead] or what broadcasts to it, e.g. `jnp.arange(sites) < 2` for the first two layers, or
+        `(jnp.arange(buckets) == 0)[:, None]` for the first steps. It is data: under a scan over layers or steps both
+        widths are compiled, one runs, and another `where` compiles nothing. q, k and v are then rounded in `attend`,
+        a pass over them that a plan of one width does not need.
+
+        Raises ValueError for a `where` that is not boolean or does not fit.
+        """
+        _check_type("quant", quant, QuantSpec)
+        where = jnp.asarray(where)
+        lead = self.lead
+        fits = where.ndim <= len(lead) and all(a in (1, b) for a, b in zip(where.shape[::-1], lead[::-1], strict=False))
+        if where.dtype != bool or not fits:
+            raise ValueError(
+                f"where must be bool and broadcast to the leading axes of the plan, {list(lead)}; got {where.dtype} "
+                f"{list(where.shape)}."
+            )
+        where = jnp.broadcast_to(where.reshape((1,) * (len(lead) - where.ndim) + where.shape), lead)
+        return replace(self, wide=where, wide_quant=quant)
 
     def order_list(self) -> list[Any]:
         """Names of the orders, nested as [*lead][heads]."""
@@ -206,18 +244,22 @@ class AttentionPlan:
         shape = getattr(self.order, "shape", None)
         return (
             f"AttentionPlan(order={shape}, grid={self.grid}, block={self.block}, quant={self.quant}, "
-            f"bucket_edges={self.bucket_edges}, k_mean={'no' if self.k_mean is None else 'yes'})"
+            f"bucket_edges={self.bucket_edges}, k_mean={'no' if self.k_mean is None else 'yes'}"
+            + ("" if self.wide_quant is None else f", wide_quant={self.wide_quant}")
+            + ")"
         )
 
 
 def _static_to_json(static: tuple[Any, ...]) -> bytes:
-    grid, block, names, quant, edges = static
-    return json.dumps([asdict(grid), block, names, asdict(quant), edges]).encode()
+    grid, block, names, quant, edges, wide = static
+    wide = None if wide is None else asdict(wide)
+    return json.dumps([asdict(grid), block, names, asdict(quant), edges, wide]).encode()
 
 
 def _static_from_json(data: bytes | bytearray) -> tuple[Any, ...]:
-    grid, block, names, quant, edges = json.loads(bytes(data))
-    return TokenGrid(**grid), tuple(block), tuple(names), QuantSpec(**quant), tuple(edges)
+    grid, block, names, quant, edges, wide = json.loads(bytes(data))
+    wide = None if wide is None else QuantSpec(**wide)
+    return TokenGrid(**grid), tuple(block), tuple(names), QuantSpec(**quant), tuple(edges), wide
 
 
 # An exported function that takes a plan can be written to disk and read where paro_jax is imported.

@@ -28,13 +28,15 @@ from paro_jax._grid import TokenGrid, check_block
 from paro_jax._plan import AttentionPlan, _check_edges
 from paro_jax._quant import QuantSpec
 
-SCHEMA = 1
+SCHEMA = 2
+_READS = (1, 2)  # schema 1 knows fewer fields of quant and no wide_quant; what it lacks has the value it had then
 
 _KIND = "paro_jax.AttentionPlan"
 _NO_DIGEST = "0" * 64
 # In a .safetensors file the header is a JSON string inside JSON, so its quotes are escaped there.
 _DIGEST = re.compile(rb'\\?"sha256\\?":\\?"([0-9a-f]{64})\\?"')
-_DTYPES = {"order": "int8", "keep_bits": "uint8", "k_mean": "float32"}
+_DTYPES = {"order": "int8", "keep_bits": "uint8", "k_mean": "float32", "wide": "bool"}
+_OPTIONAL = ("k_mean", "wide")
 
 Arrays = dict[str, np.ndarray]
 
@@ -103,8 +105,8 @@ def load_plan(path: str | os.PathLike, *, model: str | None = None, grid: TokenG
 def plan_info(path: str | os.PathLike) -> dict[str, Any]:
     """The header of a plan file as plain values, checked as `load_plan` does.
 
-    Keys: schema, model, grid, block, order_names, quant, bucket_edges, arrays, provenance, versions, sha256, lead,
-    heads, density, nbytes. Raises PlanError as `load_plan` does.
+    Keys: schema, model, grid, block, order_names, quant, wide_quant, bucket_edges, arrays, provenance, versions,
+    sha256, lead, heads, density, nbytes. Raises PlanError as `load_plan` does.
     """
     path = _path(path)
     header, arrays = _read(path)
@@ -147,6 +149,7 @@ def _header(plan: AttentionPlan, arrays: Arrays, model: str, provenance: dict[st
         "block": plan.block,
         "order_names": plan.order_names,
         "quant": asdict(plan.quant),
+        "wide_quant": None if plan.wide_quant is None else asdict(plan.wide_quant),
         "bucket_edges": plan.bucket_edges,
         "arrays": {name: {"dtype": str(x.dtype), "shape": x.shape} for name, x in arrays.items()},
         "provenance": provenance,
@@ -180,12 +183,14 @@ def _check(header: dict[str, Any], arrays: Arrays, path: Any) -> AttentionPlan:
         return PlanError(f"{what} in {path}: expected {expected}, found {found}. {advice}")
 
     schema = header.get("schema")
-    if schema != SCHEMA:
+    if schema not in _READS or isinstance(schema, bool):
         advice = "Upgrade paro_jax." if isinstance(schema, int) and schema > SCHEMA else "Calibrate again."
         raise wrong("schema", f"{SCHEMA}, the newest this paro_jax reads", repr(schema), advice)
     try:
         grid = TokenGrid(**header["grid"])
         quant = QuantSpec(**header["quant"])
+        wide_quant = header.get("wide_quant")
+        wide_quant = None if wide_quant is None else QuantSpec(**wide_quant)
         block = check_block(header["block"])
         names = header["order_names"]
         versions, provenance, model = header["versions"], header["provenance"], header["model"]
@@ -204,12 +209,12 @@ def _check(header: dict[str, Any], arrays: Arrays, path: Any) -> AttentionPlan:
         raise wrong("arrays", header.get("arrays"), found)
     for name, dtype in _DTYPES.items():
         x = arrays.get(name)
-        if (x is None and name != "k_mean") or (x is not None and str(x.dtype) != dtype):
+        if (x is None and name not in _OPTIONAL) or (x is not None and str(x.dtype) != dtype):
             raise wrong(name, f"an array of {dtype}", "none" if x is None else str(x.dtype))
     if set(arrays) - set(_DTYPES):
         raise wrong("arrays", f"only {', '.join(_DTYPES)}", ", ".join(sorted(set(arrays) - set(_DTYPES))))
 
-    order, bits, k_mean = arrays["order"], arrays["keep_bits"], arrays.get("k_mean")
+    order, bits, k_mean, wide = arrays["order"], arrays["keep_bits"], arrays.get("k_mean"), arrays.get("wide")
     if not 1 <= order.ndim <= 3 or order.size == 0:
         raise wrong("order", "shape [*lead, heads] with at most two leading axes", list(order.shape))
     if order.min() < 0 or order.max() >= len(names):
@@ -226,6 +231,9 @@ def _check(header: dict[str, Any], arrays: Arrays, path: Any) -> AttentionPlan:
         raise wrong("k_mean", f"shape {[*order.shape, 'head_dim']}", list(k_mean.shape))
     if k_mean is not None and not np.isfinite(k_mean).all():
         raise wrong("k_mean", "finite numbers", "NaN or infinity")
+    if (wide is None) != (wide_quant is None) or (wide is not None and wide.shape != order.shape[:-1]):
+        found = "no array" if wide is None else f"{list(wide.shape)} and wide_quant {header.get('wide_quant')}"
+        raise wrong("wide", f"shape {list(order.shape[:-1])} with a wide_quant, or neither", found)
     try:
         edges = _check_edges(header["bucket_edges"], order.shape[:-1])
     except (KeyError, ValueError) as error:
@@ -234,7 +242,10 @@ def _check(header: dict[str, Any], arrays: Arrays, path: Any) -> AttentionPlan:
     # Ids count along the names in the file; this version may list them in another sequence.
     ids = np.array([grid.order_id(name) for name in names], np.int8)[order]
     mean = None if k_mean is None else jnp.asarray(k_mean)
-    return AttentionPlan(jnp.asarray(ids), jnp.asarray(bits), mean, grid, block, grid.orders, quant, edges)
+    wide = None if wide is None else jnp.asarray(wide)
+    return AttentionPlan(
+        jnp.asarray(ids), jnp.asarray(bits), mean, grid, block, grid.orders, quant, edges, wide, wide_quant
+    )
 
 
 # --- paths ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_type_hints
 
-Width = Literal["bf16", "fp8", "int8", "int4"]
+Width = Literal["bf16", "fp8", "int8", "int4", "fp4"]
 
 
 @dataclass(frozen=True)
@@ -12,29 +12,41 @@ class QuantSpec:
 
     `qk`, `pv`: width of the operands of QK^T and of PV. "bf16" means not quantised: the product is computed at the
     dtype of the inputs (float32, bfloat16 or float16) with float32 softmax and accumulation. "int8" and "int4" are
-    symmetric, rounded half to even, scale = amax / 127 or amax / 7; "fp8" is e4m3, scale = amax / 448.
+    symmetric, rounded half to even, scale = amax / 127 or amax / 7; "fp8" is e4m3, scale = amax / 448; "fp4" is NVFP4,
+    e2m1 in groups of 16 (channels of q and k, tokens of v and P) with an e4m3 scale each, whatever the groups below.
     `smooth_k`: subtract a per-channel mean from K before it is quantised. softmax does not notice, the scales shrink
     (SageAttention, section 4.2). No effect when qk is "bf16".
-    `q_group`, `k_group`: one scale per token ("row") or per block of tokens ("block").
+    `q_group`, `k_group`: one scale per token ("row"), per block of tokens ("block"), or per "thread": what one thread
+    of a tensor core instruction holds (SageAttention2: queries equal modulo 8 of 32, four key pairs modulo 8 of a
+    block).
     `v_group`: one scale per channel, or per block and channel ("block").
     `p_scale`: P is quantised relative to its row's maximum inside the key block ("block") or to the running maximum
     over the kept blocks so far ("running"). "block" keeps small tails alive: under one scale a P below 1/254 is lost.
+    `smooth_q`: subtract from each query block its mean and add that mean's scores, which are not quantised, back
+    (SageAttention2's delta S). It costs nq N numbers a head. No effect when qk is "bf16".
+    `smooth_v`: subtract a per-channel mean from V and add it to the output, exact because kept weights sum to 1. No
+    effect when pv is "bf16".
+    `qk_rotate`: turn the channels of q and k by a random-sign Hadamard matrix, which q k^T does not notice
+    (FlashAttention-3's incoherent processing). No effect when qk is "bf16".
 
-    Raises ValueError for a value outside these sets.
+    Presets of published methods: `paro_jax.recipes`. Raises ValueError for a value outside these sets.
     """
 
     qk: Width = "bf16"
     pv: Width = "bf16"
     smooth_k: bool = True
-    q_group: Literal["row", "block"] = "row"
-    k_group: Literal["block", "row"] = "block"
+    q_group: Literal["row", "block", "thread"] = "row"
+    k_group: Literal["block", "row", "thread"] = "block"
     v_group: Literal["channel", "block"] = "channel"
     p_scale: Literal["block", "running"] = "block"
+    smooth_q: bool = False
+    smooth_v: bool = False
+    qk_rotate: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            allowed = (True, False) if field.name == "smooth_k" else get_args(_TYPES[field.name])
+            allowed = (True, False) if _TYPES[field.name] is bool else get_args(_TYPES[field.name])
             # `in` alone would take 1 for True.
             if type(value) is not type(allowed[0]) or value not in allowed:
                 raise ValueError(
@@ -50,6 +62,20 @@ class QuantSpec:
     def smooths_k(self) -> bool:
         """True when a K mean is subtracted."""
         return self.smooth_k and self.qk != "bf16"
+
+    @property
+    def smooths_q(self) -> bool:
+        """True when the mean of every query block is subtracted."""
+        return self.smooth_q and self.qk != "bf16"
+
+    @property
+    def smooths_v(self) -> bool:
+        """True when a V mean is subtracted."""
+        return self.smooth_v and self.pv != "bf16"
+
+    def rotates(self, role: str) -> bool:
+        """True when the channels of role "q", "k" or "v" are turned."""
+        return self.qk_rotate and self.qk != "bf16" and role != "v"
 
     def width(self, role: str) -> Width:
         """Width at which role "q", "k" or "v" is stored."""

@@ -15,7 +15,8 @@ from pallas_kernels.arrange import BACKENDS, GROUPS
 
 # Those that run anywhere; test_arrange_hopper.py has the rest.
 IMPLEMENTATIONS = [backend.name for backend in BACKENDS if backend.name != "hopper"]
-CASES = [(role, width, group) for role in GROUPS for group in GROUPS[role] for width in WIDTHS]
+# fp4 has groups of its own: test_recipes.py.
+CASES = [(role, width, group) for role in GROUPS for group in GROUPS[role] for width in WIDTHS if width != "fp4"]
 few = settings(max_examples=6, deadline=None, derandomize=True)
 
 
@@ -45,8 +46,21 @@ def by_hand(x, slots, role, width, group, block):
     blocks = -(-tokens // block)
     qmax = WIDTHS[width].qmax
     values = np.zeros_like(x)
-    shape = {"row": (tokens,), "channel": (1, dim), "block": (blocks, dim) if role == "v" else (blocks,)}[group]
+    shape = {
+        "row": (tokens,),
+        "thread": (tokens,),
+        "channel": (1, dim),
+        "block": (blocks, dim) if role == "v" else (blocks,),
+    }[group]
     scales = np.zeros((batch, heads, *shape), np.float32)
+    if group == "thread":  # see SageAttention2: which of 8 rows of 32 queries, which of 4 pairs of 8 keys
+        token = np.arange(tokens)
+        ids = token // 32 * 8 + token % 8 if role == "q" else token // block * 4 + token % 8 // 2
+        for b, h, n in np.ndindex(x.shape[:3]):
+            amax = np.abs(x[b, h, ids == ids[n]]).max()
+            scales[b, h, n] = np.maximum(amax, np.float32(1e-7)) / np.float32(qmax)
+        ratio = x / scales[..., None]
+        return (ratio.astype(ml_dtypes.float8_e4m3fn) if width == "fp8" else np.rint(ratio)).astype(x.dtype), scales
     for place in np.ndindex(scales.shape):
         rows = {"row": place[2], "channel": slice(None), "block": slice(place[2] * block, (place[2] + 1) * block)}[
             group
@@ -299,6 +313,11 @@ def _changed(**changed):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (_changed(role="k", group="thread", block=60), r"block: expected a multiple of 8 keys.*got 60"),
+        (_changed(width="fp4", x=_X[..., :30]), r"width: expected head_dim and block in multiples of 16.*head_dim 30"),
+        (_changed(role="v", width="fp4", group="block", block=40), r"width: expected .*multiples of 16.*block 40"),
+        (_changed(role="v", group="channel", rotate=True), r"rotate: expected False for role 'v'"),
+        (_changed(rotate=True, x=_X[..., :31]), r"rotate: expected False .*odd head_dim, got True, 'q', 31"),
         (_changed(role="o"), r"role: expected 'q', 'k' or 'v', got 'o'"),
         (_changed(width="int2"), r"width: expected one of 'bf16', .*got 'int2'"),
         (_changed(group="channel"), r"group: expected 'row' or 'block' for role 'q', got 'channel'"),
@@ -315,7 +334,7 @@ def _changed(**changed):
         (_changed(norm=Norm("rms", None, jnp.ones((2, 32)))), r"norm.bias: expected shape .*got shape \[2, 32\]"),
         (_changed(rope=tables(129, 32)[2]), r"rope.cos: expected shape .* = \[130, 16\], got shape \[129, 16\]"),
         (_changed(rope=tables(130, 32)[2], x=_X[..., :31]), r"rope: expected an even head_dim.*got head_dim 31"),
-        (_changed(mean="compute"), r"mean: expected None for role 'q', got 'compute'"),
+        (_changed(mean="compute"), r"mean: expected None or 'block' for role 'q', got 'compute'"),
         (_changed(role="k", mean="average"), r"mean: expected None, 'compute' or an array, got 'average'"),
         (_changed(role="k", mean=jnp.ones(32)), r"mean: expected shape \[3, 32\] or \[2, 3, 32\], got shape \[32\]"),
         (

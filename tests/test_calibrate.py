@@ -154,6 +154,33 @@ def test_the_error_objective_measures_the_output(quant):
         assert row["error"] == pytest.approx(np.min(errors, 0)[row["head"]], rel=1e-3)
 
 
+def test_quantisation_changes_the_order_that_is_chosen():
+    """V's size alternates along W. Without rounding every order is the same at full density; in four bits by block,
+    only an order with W slowest lets the small tokens have a scale of their own."""
+    grid = TokenGrid((4, 4, 8))
+    rng = np.random.default_rng(0)
+    x = 4 * rng.normal(size=(1, grid.tokens, 1, 16)).astype(np.float32)  # q = k: each token attends to itself
+    size = np.broadcast_to(np.where(np.arange(8) % 2, 1.0, 40.0), grid.shape).reshape(1, -1, 1, 1)
+    given = Sample(0, 0.0, x, x, (size * rng.normal(size=x.shape)).astype(np.float32))
+
+    def chosen(**options):
+        return make([given], grid, density=1.0, block=(16, 16), **options)[0].order_list()[0][0]
+
+    quant = QuantSpec(pv="int4", v_group="block")
+    assert chosen(objective="error") == chosen(quant=quant) == "FHW"
+    assert chosen(objective="error", quant=quant)[0] == "W"
+    # One scale for a channel whatever the order: nothing to gain, and "FHW" is free.
+    by_channel = {name: float(_score_of(given, grid, name, QuantSpec(pv="int4"))) for name in ("FHW", "WFH")}
+    by_block = {name: float(_score_of(given, grid, name, quant)) for name in ("FHW", "WFH")}
+    assert by_block["WFH"] < 0.8 * by_block["FHW"] and by_channel["WFH"] > 0.9 * by_channel["FHW"]
+
+
+def _score_of(given, grid, order, quant):
+    plan = AttentionPlan.dense(grid, heads=1, order=order, block=(16, 16), quant=quant)
+    dense = jax.nn.dot_product_attention(*map(jnp.asarray, given[2:]))
+    return metrics.relative_l1(dense, paro_jax.attention(*map(jnp.asarray, given[2:]), plan=plan))
+
+
 def test_brick_orders_are_candidates():
     """A head that sees a cube around it: bricks retain more than any axis order."""
     plain, bricks = TokenGrid((8, 8, 8)), TokenGrid((8, 8, 8), bricks=((4, 4, 4), (2, 2, 2)))
@@ -299,6 +326,9 @@ def test_held_out_samples():
         mass = [np.asarray(calibrate.block_mass(s.q, s.k, GRID, local.order_list(), BLOCK)) for s in mine]
         expected = np.mean([metrics.retained_mass(m, local.mask().keep)[head] for m in mass])
         assert row["heldout_mass"] == pytest.approx(expected, rel=1e-5)
+        for name, order in (("incoherence", local.order_list()), ("model_incoherence", "FHW")):
+            psi = [calibrate.incoherence(s.q, s.k, GRID, order, BLOCK)["block"][head] for s in mine]
+            assert row[f"heldout_{name}"] == pytest.approx(np.mean(psi), rel=1e-5)
         outs = []
         for s in mine:
             if s.v is not None:

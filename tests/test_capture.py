@@ -34,7 +34,7 @@ def case(request):
 
 def test_capture_gives_what_attention_sees(case):
     """The model's own calls of dense attention, recorded one by one, are the oracle."""
-    expected = calibrate.capture(lambda attention: case.net(*case.inputs, dense=attention), step=0.5)
+    expected = calibrate.capture(lambda attention: case.net(*case.inputs, attention_fn=attention), step=0.5)
     assert len(case.captured) == len(expected) == case.tiny.sites
     for qkv, sample in zip(case.captured, expected, strict=True):
         assert qkv[0].shape == (2, case.tiny.config.grid.tokens, 2, case.tiny.config.head_dim)

@@ -10,6 +10,7 @@ from problems import Problem, schedule
 
 from pallas_kernels import Backend, NoBackend, Request, arrange, block_attention, choose, device_name, workloads
 from pallas_kernels import bench as kernel_bench
+from pallas_kernels._choose import FEATURES
 from pallas_kernels.block_attention import BACKENDS
 
 REQUEST = workloads.WORKLOADS["tiny_video"]
@@ -90,12 +91,26 @@ def test_a_request_is_a_key_and_a_name():
     assert hash(REQUEST) == hash(replace(REQUEST))
     names = {str(REQUEST)}
     other = dict(op="arrange", batch=9, heads=9, q_tokens=9, kv_tokens=9, head_dim=9, dtype="float16", block=(9, 9),
-                 qk="int8", pv="int8", p_scale="running", device="sm_90", role="q", layout="hopper")  # fmt: skip
+                 qk="int8", pv="int8", p_scale="running", device="sm_90", role="q", layout="hopper",
+                 features=("delta",))  # fmt: skip
     assert set(other) == {field.name for field in fields(Request)}
     for name, value in other.items():
         names.add(str(replace(REQUEST, **{name: value})))
     assert len(names) == len(other) + 1  # every field shows
     assert not any(" " in name for name in names)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("op", ["block_attention", "arrange"])
+def test_a_backend_that_does_not_name_a_feature_refuses_it(op, feature):
+    """What only an emulation does must not reach a kernel that would leave it out."""
+    request = replace(workloads.WORKLOADS["cogvideox_5b"], op=op, qk="int8", pv="int8", device="sm_90", role="q")
+    for backend in workloads.backends(request):
+        emulation = backend.name in ("xla", "reference")
+        served = emulation and (feature == "delta") == (op == "block_attention")
+        reason = backend.why_not(replace(request, features=(feature,)))
+        assert reason is None if served else FEATURES[feature] in str(reason)
+        assert emulation or "'fp4' is not served" in str(backend.why_not(replace(request, qk="fp4")))
 
 
 def test_the_device_is_named_as_requests_name_it():

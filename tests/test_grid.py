@@ -17,7 +17,7 @@ def grids(draw):
     shape = tuple(draw(st.lists(st.integers(1, 9), min_size=rank, max_size=rank)))
     bricks = draw(st.lists(st.tuples(*[st.integers(1, 5)] * rank), max_size=2, unique=True))
     text, position = draw(st.integers(0, 20)), draw(st.sampled_from(("first", "last")))
-    return TokenGrid(shape, text=text, text_position=position, bricks=tuple(bricks))
+    return TokenGrid(shape, text=text, text_position=position, bricks=tuple(bricks), gilbert=draw(st.booleans()))
 
 
 @given(grids())
@@ -75,6 +75,27 @@ def test_a_brick_of_64_tokens_is_one_block():
     assert first.max(axis=1).tolist() == [3, 3, 3]
 
 
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=3))
+def test_a_gilbert_curve_goes_from_a_place_to_one_beside_it(shape):
+    grid = TokenGrid(shape, text=3, gilbert=True)
+    assert grid.orders[-1] == "gilbert" and "gilbert" not in TokenGrid(shape, text=3).orders
+    places = np.stack(np.unravel_index(grid.index("gilbert")[: grid.grid_tokens] - grid.text, grid.shape), -1)
+    steps = np.abs(np.diff(places, axis=0))
+    # Sides that halve evenly never break the curve; others may make it cut a corner.
+    assert steps.max(initial=0) <= (1 if all(n & (n - 1) == 0 for n in shape) else 2)
+    assert steps.sum(1).max(initial=0) <= (1 if all(n & (n - 1) == 0 for n in shape) else 2)
+
+
+def test_a_gilbert_curve_stays_near_where_model_order_does_not():
+    grid = TokenGrid((8, 12, 16), gilbert=True)
+
+    def spread(order):  # of 64 tokens in a row, along the longest axis of their box
+        places = np.stack(np.unravel_index(grid.index(order), grid.shape), -1).reshape(-1, 64, 3)
+        return (places.max(1) - places.min(1) + 1).max(1).mean()
+
+    assert spread("gilbert") < 8 < spread("FHW")
+
+
 @pytest.mark.parametrize(
     "tokens, size, counts", [(1, 64, [1]), (63, 64, [63]), (64, 64, [64]), (65, 64, [64, 1]), (200, 128, [128, 72])]
 )
@@ -126,6 +147,7 @@ def test_equal_grids_are_equal_keys_and_tables_are_shared_and_read_only():
         (dict(shape=(2, 3), bricks=(4, 4)), ("bricks", "tuple of 2", "4")),
         (dict(shape=(2, 3), bricks=8), ("bricks", "tuple", "8")),
         (dict(shape=(2, 3), bricks=((2, 2), (2, 2))), ("bricks", "repeat")),
+        (dict(shape=(2, 3), gilbert=1), ("gilbert", "True or False", "1")),
     ],
 )
 def test_a_bad_grid_is_refused(says, arguments, words):

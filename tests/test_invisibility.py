@@ -42,7 +42,7 @@ _GRIDS = (
     TokenGrid((9, 11), text=70),
     TokenGrid((1, 1, 1), text=62),
     TokenGrid((1, 7, 9)),
-    TokenGrid((3, 5, 7), text=16, bricks=((4, 4, 4),)),
+    TokenGrid((3, 5, 7), text=16, bricks=((4, 4, 4),), gilbert=True),
     TokenGrid((4, 6, 5), text=9, text_position="last", bricks=((2, 3, 4), (1, 1, 5))),
     TokenGrid((5, 4, 13), text=11),
 )

@@ -202,7 +202,9 @@ def test_scan_over_stacked_plans_traces_attention_once(rng):
 
 def test_the_static_part_survives_json_for_an_exported_function(rng):
     plan = random_plan(rng, quant=QuantSpec(qk="int8"))
-    static = (plan.grid, plan.block, plan.order_names, plan.quant, plan.bucket_edges)
+    static = (plan.grid, plan.block, plan.order_names, plan.quant, plan.bucket_edges, None)
+    assert _static_from_json(_static_to_json(static)) == static
+    static = (*static[:-1], QuantSpec(pv="fp4"))
     assert _static_from_json(_static_to_json(static)) == static
 
 

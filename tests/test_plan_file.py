@@ -21,6 +21,7 @@ from paro_jax import (
     _plan_file,
     load_plan,
     plan_info,
+    recipes,
     save_plan,
 )
 
@@ -28,12 +29,13 @@ GRID = TokenGrid((3, 5, 7), text=16, bricks=((2, 2, 2),))
 NAMES = ["plan.safetensors", "plan"]  # one file, and a directory written by orbax
 
 
-def make_plan(seed=0, lead=(2,), k_mean=True, **settings) -> AttentionPlan:
+def make_plan(seed=0, lead=(2,), k_mean=True, wide=None, **settings) -> AttentionPlan:
     rng = np.random.default_rng(seed)
     keep = rng.random((*lead, 3, *GRID.blocks((64, 32)))) < 0.5
     order = rng.choice(GRID.orders, (*lead, 3)).tolist()
     mean = rng.normal(size=(*lead, 3, 4)) if k_mean else None
-    return AttentionPlan.build(GRID, order=order, mask=BlockMask(keep, (64, 32)), k_mean=mean, **settings)
+    plan = AttentionPlan.build(GRID, order=order, mask=BlockMask(keep, (64, 32)), k_mean=mean, **settings)
+    return plan if wide is None else plan.with_wide(*wide)
 
 
 def same(a: AttentionPlan, b: AttentionPlan) -> bool:
@@ -56,9 +58,10 @@ def left_in(folder: Path) -> set[str]:
     [
         dict(),
         dict(lead=(), k_mean=False),
+        dict(quant=recipes.SAGE_2, wide=(QuantSpec("int8", "int8"), np.array([True, False]))),
         dict(lead=(3, 2), bucket_edges=(0.0, 0.1, 0.3, 1.0), quant=QuantSpec("int8", "int4", smooth_k=False)),
     ],
-    ids=["sites", "one site", "buckets"],
+    ids=["sites", "one site", "mixed widths", "buckets"],
 )
 def test_what_is_written_is_what_is_read(tmp_path, name, settings):
     plan = make_plan(**settings)
@@ -68,6 +71,20 @@ def test_what_is_written_is_what_is_read(tmp_path, name, settings):
     assert loaded.order_list() == plan.order_list() and loaded.density == plan.density
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(loaded))
     assert left_in(tmp_path) == {name}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_plan_of_schema_1_loads(tmp_path, name):
+    """As they were written before recipes: fewer fields of quant, no wide_quant."""
+    plan = make_plan(quant=QuantSpec("int8", "int4"))
+    header, arrays = header_and_arrays(plan)
+    for field in ("smooth_q", "smooth_v", "qk_rotate"):
+        del header["quant"][field]
+    del header["wide_quant"]
+    header["schema"] = 1
+    save = _plan_file._save_file if name.endswith("safetensors") else _plan_file._save_directory
+    save(header, arrays, tmp_path / name)
+    assert same(load_plan(tmp_path / name), plan)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -90,10 +107,16 @@ def test_info_is_the_header_in_plain_values(tmp_path, name):
     save_plan(plan, tmp_path / name, model="demo", provenance=provenance)
     info = plan_info(tmp_path / name)
     json.dumps(info)
-    assert info["model"] == "demo" and info["schema"] == 1 and info["order_names"] == list(GRID.orders)
+    assert info["model"] == "demo" and info["schema"] == 2 and info["order_names"] == list(GRID.orders)
     plain = {"samples": 8, "density": 0.5, "path": "x", "edges": [0, 1], "sha256": "0" * 64}
     assert info["provenance"] == plain
-    assert info["grid"] == {"shape": [3, 5, 7], "text": 16, "text_position": "first", "bricks": [[2, 2, 2]]}
+    assert info["grid"] == {
+        "shape": [3, 5, 7],
+        "text": 16,
+        "text_position": "first",
+        "bricks": [[2, 2, 2]],
+        "gilbert": False,
+    }
     assert info["arrays"]["order"] == {"dtype": "int8", "shape": [2, 3]}
     assert (info["lead"], info["heads"], info["density"], info["nbytes"]) == ([2], 3, plan.density, plan.nbytes)
     assert set(info["versions"]) == {"paro_jax", "jax"}
@@ -249,7 +272,11 @@ def set_array(name, change):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (set_header(schema=2), ("schema", "expected 1", "found 2", "Upgrade")),
+        (set_header(schema=3), ("schema", "expected 2", "found 3", "Upgrade")),
+        (set_header(schema=True), ("schema", "True")),
+        (set_header(wide_quant={"qk": "int8"}), ("wide", "[2]", "no array")),
+        (set_array("wide", lambda _: np.ones(2, bool)), ("wide", "with a wide_quant")),
+        (set_header(wide_quant={"qk": "int2"}), ("header", "'int2'")),
         (set_header(schema="1"), ("schema", "'1'")),
         (set_header(kind="something"), ("kind", "AttentionPlan")),
         (set_header(order_names=["FHW", "gilbert"]), ("order_names", "FHW, FWH", "'gilbert'", "Upgrade")),

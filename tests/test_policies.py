@@ -1,6 +1,7 @@
 """Policies: who keeps which blocks, and that the budget is what was asked for."""
 
 import inspect
+import math
 
 import jax
 import numpy as np
@@ -8,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paro_jax import BlockMask, TokenGrid, policies
+from paro_jax import AttentionPlan, BlockMask, TokenGrid, policies
 
-GRID = TokenGrid((6, 10, 20), text=50)
+GRID = TokenGrid((6, 10, 20), text=50, bricks=((2, 5, 5),), gilbert=True)
 BLOCK = (64, 32)
 
 
@@ -72,20 +73,101 @@ def test_dense_keeps_all():
     assert mask.density == 1.0 and mask.keep.shape == (2, *GRID.blocks(BLOCK))
 
 
-def test_every_policy_returns_a_block_mask():
-    """The conformance list: a new policy joins by being in the module."""
-    public = {name for name, f in vars(policies).items() if inspect.isfunction(f) and f.__module__ == policies.__name__}
-    public = {name for name in public if not name.startswith("_")}
-    calls = {
-        "dense": lambda: policies.dense(GRID),
-        "window": lambda: policies.window(GRID, density=0.5),
-        "top_blocks": lambda: policies.top_blocks(np.ones((1, *GRID.blocks((64, 64)))), 0.5),
-    }
-    assert set(calls) == public
-    for call in calls.values():
-        mask, again = call(), call()
-        assert isinstance(mask, BlockMask) and mask.keep.dtype == bool and mask.keep.any(-1).all()
-        np.testing.assert_array_equal(mask.keep, again.keep)
+# One line a policy: the test fails for a public function that is neither here nor in TOOLS. `x`: q, k, v [2, N, 2, 8].
+_PLAN = AttentionPlan.dense(GRID, heads=2, order=["FHW", "gilbert"], block=BLOCK)
+_TILES = dict(tile=(2, 5, 5), window=(2, 1, 3))
+_COLUMNS = np.arange(GRID.blocks(BLOCK)[1])[None] % 7 == 3
+STATIC = {
+    "dense": lambda: policies.dense(GRID, block=BLOCK),
+    "window": lambda: policies.window(GRID, density=0.5, block=BLOCK),
+    "top_blocks": lambda: policies.top_blocks(
+        np.ones((1, *GRID.blocks(BLOCK))), 0.5, GRID.always_keep(BLOCK), block=BLOCK
+    ),
+    "sliding_tile": lambda: policies.sliding_tile(GRID, block=BLOCK, **_TILES),
+    "neighbours": lambda: policies.neighbours(GRID, block=BLOCK),
+    "radial": lambda: policies.radial(GRID, decay=0.3, block=BLOCK),
+    "multi_diagonal": lambda: policies.multi_diagonal(GRID, width=5, block=BLOCK),
+    "vertical_stripe": lambda: policies.vertical_stripe(GRID, _COLUMNS, block=BLOCK),
+    "skip": lambda: policies.skip(GRID, block=BLOCK),
+}
+ONLINE = {
+    "sparge": lambda q, k, v, plan: policies.sparge(q, k, plan=plan, topk=0.3),
+    "sparge_pv_skip": lambda q, k, v, plan: policies.sparge_pv_skip(q, k, plan.mask(), plan=plan, pv_skip=1.0),
+    "xattention": lambda q, k, v, plan: policies.xattention(q, k, plan=plan, tau=0.5),
+    "sparse_videogen": lambda q, k, v, plan: policies.sparse_videogen(
+        q, k, v, grid=plan.grid, density=0.4, rng=jax.random.key(0), block=plan.block
+    )[0],
+    "sparse_videogen2": lambda q, k, v, plan: (
+        policies.sparse_videogen2(
+            q, k, grid=plan.grid, q_clusters=6, k_clusters=8, top_p=0.5, block=plan.block, start=jax.random.key(0)
+        ).mask
+    ),
+}
+# Offline searches, shown with the policy they serve, and what attends: tested beside them.
+TOOLS = {
+    "at_density", "column_mass", "greedy_sharing", "mask_errors", "masked_attention", "pick_masks",
+    "shared_attention", "sharing_loss", "slot_attention", "sparse_vdit", "tune_sparge",
+}  # fmt: skip
+
+
+def test_the_conformance_lists_are_complete():
+    """A new policy joins by being in the package."""
+    public = {name for name, f in vars(policies).items() if inspect.isfunction(f) and not name.startswith("_")}
+    assert {*STATIC, *ONLINE} | TOOLS == public
+
+
+def conforms(mask, lead):
+    keep = np.asarray(mask.keep)
+    assert isinstance(mask, BlockMask) and mask.block == BLOCK and keep.dtype == bool
+    assert keep.shape == (*lead, *GRID.blocks(BLOCK))
+    assert keep[..., GRID.always_keep(BLOCK)].all()  # text
+    assert keep.any(-1).all()  # no empty row
+    assert mask.density == pytest.approx(keep.mean())
+    return keep
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_a_static_policy_keeps_text_and_every_row_and_is_deterministic(name):
+    keep = conforms(STATIC[name](), (1,))
+    np.testing.assert_array_equal(keep, STATIC[name]().keep)
+    assert keep.all() == (name == "dense")
+    np.testing.assert_array_equal(jax.jit(lambda: STATIC[name]().keep)(), keep)
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_an_online_policy_keeps_text_and_every_row_and_jits_in_one_trace(name):
+    traces = []
+
+    @jax.jit
+    def policy(q, k, v, plan):
+        traces.append(1)
+        return ONLINE[name](q, k, v, plan)
+
+    first, second = np.random.default_rng(0).standard_normal((2, 3, 2, GRID.tokens, 2, 8)).astype(np.float32) * 2
+    keep = conforms(policy(*first, _PLAN), (2, 2))
+    other = conforms(policy(*second, AttentionPlan.dense(GRID, heads=2, order="WHF", block=BLOCK)), (2, 2))
+    assert len(traces) == 1 and not keep.all()
+    assert (keep != other).any() or name == "sparse_videogen"  # one band for all; its orders differ
+    np.testing.assert_array_equal(policy(*first, _PLAN).keep, keep)
+
+
+@pytest.mark.parametrize("name", [*ONLINE, "column_mass"])
+def test_no_policy_holds_the_attention_map(name):
+    """The largest array of any step of the program stays far below tokens x tokens."""
+    grid = TokenGrid((16, 16, 16))
+    plan = AttentionPlan.dense(grid, heads=1)
+    x = jax.ShapeDtypeStruct((1, grid.tokens, 1, 8), np.float32)
+    function = ONLINE.get(name, lambda q, k, v, plan: policies.column_mass(q, k, plan=plan))
+    program = jax.make_jaxpr(lambda q, k, v: function(q, k, v, plan))(x, x, x)
+    assert largest(program.jaxpr) <= max(64 * grid.tokens, 16 * grid.tokens * 8)
+
+
+def largest(jaxpr) -> int:
+    sizes = [math.prod(v.aval.shape) for e in jaxpr.eqns for v in e.outvars if hasattr(v.aval, "shape")]
+    values = [value for e in jaxpr.eqns for value in e.params.values()]
+    parameters = [p for value in values for p in (value if isinstance(value, (tuple, list)) else (value,))]
+    inner = [largest(getattr(p, "jaxpr", p)) for p in parameters if hasattr(getattr(p, "jaxpr", p), "eqns")]
+    return max(sizes + inner, default=0)
 
 
 @pytest.mark.parametrize("density", [0, 0.0, -0.1, 1.01, float("nan"), "half", True, None])

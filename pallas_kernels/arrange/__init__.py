@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _check, _choose
+from pallas_kernels import _check, _choose, _fp4, _hadamard
 from pallas_kernels._check import mistake, require_shape
 from pallas_kernels.arrange import mosaic, reference, xla
 from pallas_kernels.block_attention import LAYOUTS
@@ -41,7 +41,7 @@ BACKENDS = (
     _choose.Backend("reference", reference.why_not, reference.run, default=False),
 )
 
-GROUPS = {"q": ("row", "block"), "k": ("row", "block"), "v": ("channel", "block")}
+GROUPS = {"q": ("row", "block", "thread"), "k": ("row", "block", "thread"), "v": ("channel", "block")}
 
 
 def arrange(
@@ -54,23 +54,29 @@ def arrange(
     block: int,
     norm: Norm | None = None,
     rope: Rope | None = None,
-    mean: jax.Array | Literal["compute"] | None = None,
+    mean: jax.Array | Literal["compute", "block"] | None = None,
+    rotate: bool = False,
     layout: Literal["rows", "hopper"] = "rows",
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """One of q, k, v in kernel order at its stored width: norm, then RoPE, then the K mean, then reorder and round.
 
     x [B, N, H, D] in model order; slots int32 [H, N]: kernel slot -> model token, None: the two orders are one.
-    width, group: q and k take one scale per token ("row") or per block of `block` tokens; v one per channel, or per
-    block and channel. `group` has no effect at width "bf16".
-    mean: K smoothing (SageAttention, arXiv 2410.02367, section 4.2), role "k" only: None, "compute" (over the N tokens)
-    or an array f32 [H, D] or [B, H, D].
+    width, group: q and k take one scale per token ("row"), per block of `block` tokens or per "thread" (SageAttention2:
+    queries equal modulo 8 of 32, four key pairs modulo 8 of a block, arXiv 2411.10958); v one per channel, or per block
+    and channel. `group` has no effect at width "bf16", nor at "fp4", whose groups are 16 channels of q and k and 16
+    tokens of v.
+    mean: what is subtracted before rounding. Of k and v: None, "compute" (over the N tokens) or an array f32 [H, D] or
+    [B, H, D] (SageAttention, arXiv 2410.02367, section 4.2). Of q: None or "block", the mean of each block of `block`
+    tokens in kernel order (SageAttention2, section 3.1).
+    rotate: q and k only; turn the channels by a fixed random-sign Hadamard matrix after the mean, q and k alike.
     layout: "rows", or "hopper", which that attention kernel reads as it is: D padded with zeros to 64, 96, 128 or 256,
     and v below 16 bits with its keys side by side, [B, H, D, N up to whole blocks], those of int8 and int4 in the order
     `_registers.KEY_ORDER` inside each 16.
 
-    Returns (values [B, H, N, D], scales, mean f32 [B, H, D] that was subtracted or None). scales: None at width "bf16",
-    else f32 [B, H, N] ("row"), [B, H, n] (q, k "block"), [B, H, 1, D] ("channel") or [B, H, n, D] (v "block"), with
+    Returns (values [B, H, N, D], scales, the mean that was subtracted or None: f32 [B, H, D], of k not rotated, and
+    [B, H, n, D], rotated, for "block"). scales: None at widths "bf16" and "fp4" (stored multiplied out), else f32
+    [B, H, N] ("row", "thread"), [B, H, n] (q, k "block"), [B, H, 1, D] ("channel") or [B, H, n, D] (v "block"), with
     scale = max(amax, 1e-7) / qmax, so a group of zeros is zeros.
     Raises ValueError for arguments that do not fit together, NoBackend when no backend serves the request. Quantised
     widths have no gradient: differentiating through them raises ValueError.
@@ -100,11 +106,17 @@ def arrange(
             raise mistake("rope", "an even head_dim, whose channels pair up", f"head_dim {head_dim}")
         require_shape("rope.cos", rope.cos, (tokens, head_dim // 2), "[tokens, head_dim / 2]")
         require_shape("rope.sin", rope.sin, (tokens, head_dim // 2), "[tokens, head_dim / 2]")
+    if group == "thread" and role == "k" and width != "bf16" and block % 8:
+        raise mistake("block", "a multiple of 8 keys, which four threads share, with group 'thread'", block)
+    if rotate and (role == "v" or _hadamard.size(head_dim) == 1):
+        raise mistake("rotate", "False for role 'v' and for an odd head_dim", f"{rotate}, {role!r}, {head_dim}")
+    if width == "fp4" and (head_dim if role != "v" else block) % _fp4.GROUP:
+        raise mistake("width", "head_dim and block in multiples of 16 for 'fp4'", f"head_dim {head_dim}, block {block}")
     if mean is not None:
-        if role != "k":
-            raise mistake("mean", f"None for role {role!r}", _describe(mean), "Only K is smoothed.")
+        if role == "q" and not (isinstance(mean, str) and mean == "block"):
+            raise mistake("mean", "None or 'block' for role 'q'", _describe(mean), "One mean for all q is not exact.")
         if isinstance(mean, str):
-            if mean != "compute":
+            if mean != "compute" and role != "q":
                 raise mistake("mean", "None, 'compute' or an array", repr(mean))
         elif tuple(mean.shape) not in ((heads, head_dim), (batch, heads, head_dim)):
             shapes = f"shape [{heads}, {head_dim}] or [{batch}, {heads}, {head_dim}]"
@@ -132,12 +144,25 @@ def arrange(
         device=_choose.device_name(),
         role=role,
         layout=layout,
+        features=tuple(
+            feature
+            for feature, asked in (
+                ("thread-groups", group == "thread" and width != "bf16"),
+                ("rotation", rotate),
+                ("q-mean", role == "q" and mean is not None),
+                ("v-mean", role == "v" and mean is not None),
+            )
+            if asked
+        ),
     )
     backend = _choose.choose(request, BACKENDS, implementation)
-    compute_mean = isinstance(mean, str)
+    compute_mean = isinstance(mean, str) and mean == "compute"
     options = dict(role=role, width=width, group=group, block=block, compute_mean=compute_mean, layout=layout)
+    # Named only where asked for: a backend that does not serve them need not know them.
+    options |= {"rotate": True} if rotate else {}
+    options |= {"block_mean": True} if isinstance(mean, str) and role == "q" else {}
     run = partial(backend.run, **options)
-    arrays = (x, slots, norm, rope, None if compute_mean else mean)
+    arrays = (x, slots, norm, rope, None if isinstance(mean, str) else mean)
     return run(*arrays) if width == "bf16" else _check.no_gradient(run, *arrays)
 
 

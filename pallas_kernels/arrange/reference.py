@@ -9,17 +9,19 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _registers
+from pallas_kernels import _fp4, _hadamard, _registers
 from pallas_kernels._check import FLOATS, WIDTHS
-from pallas_kernels._choose import ALL_WIDTHS, Request, widths_served
+from pallas_kernels._choose import EMULATED_WIDTHS, Request, widths_served
 from pallas_kernels.block_attention.hopper import padded_dim
+
+FEATURES = ("thread-groups", "rotation", "q-mean", "v-mean")
 
 
 def why_not(request: Request) -> str | None:
-    """The oracle serves every width at float32, bfloat16 and float16."""
+    """The oracle serves every width and feature at float32, bfloat16 and float16."""
     if request.dtype not in FLOATS:
         return f"dtype {request.dtype} is not served; it serves {', '.join(FLOATS)}"
-    return widths_served(request, ALL_WIDTHS)
+    return widths_served(request, EMULATED_WIDTHS, FEATURES)
 
 
 def normed(x: jax.Array, norm) -> jax.Array:
@@ -44,11 +46,27 @@ def rotated(x: jax.Array, rope) -> jax.Array:
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
 
 
-def quantised(x: jax.Array, role: str, width: str, group: str, block: int) -> tuple[jax.Array, jax.Array]:
+def block_means(x: jax.Array, block: int) -> jax.Array:
+    """Mean of each block's tokens: [B, H, N, D] -> [B, H, n, D]; the last block may be smaller."""
+    batch, heads, tokens, head_dim = x.shape
+    padded = jnp.pad(x, ((0, 0), (0, 0), (0, -tokens % block), (0, 0))).reshape(batch, heads, -1, block, head_dim)
+    size = jnp.minimum(block, tokens - block * jnp.arange(padded.shape[2]))
+    return padded.sum(axis=3) / size[None, None, :, None]
+
+
+def quantised(x: jax.Array, role: str, width: str, group: str, block: int) -> tuple[jax.Array, jax.Array | None]:
     """x f32 [B, H, N, D] -> (values at `width`, scales); see arrange for the shapes of scales."""
     batch, heads, tokens, head_dim = x.shape
+    if width == "fp4":
+        if role != "v":
+            return _fp4.micro_scaled(x, 3).astype(WIDTHS[width].store), None
+        padded = jnp.pad(x, ((0, 0), (0, 0), (0, -tokens % block), (0, 0))).reshape(batch, heads, -1, block, head_dim)
+        values = _fp4.micro_scaled(padded, 3).reshape(batch, heads, -1, head_dim)[:, :, :tokens]
+        return values.astype(WIDTHS[width].store), None
     if group == "row":
         amax = _amax(x, 3)
+    elif group == "thread":
+        amax = _thread_amax(_amax(x, 3), role, block)
     elif group == "channel":
         amax = _amax(x, 2)[:, :, None]
     else:  # over a block's tokens; of q and k over their channels too
@@ -61,6 +79,20 @@ def quantised(x: jax.Array, role: str, width: str, group: str, block: int) -> tu
 def _amax(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
     """max |x|, NaN where there is one: XLA's own max loses it on a CPU (4096 elements and more, jax 0.11 and 0.12)."""
     return jnp.where(jnp.isnan(x).any(axis=axis), jnp.nan, jnp.abs(x).max(axis=axis))
+
+
+def _thread_amax(amax: jax.Array, role: str, block: int) -> jax.Array:
+    """The largest [B, H, N] of each token's group, where a group is what one thread of a tensor core instruction holds.
+
+    SageAttention2 (arXiv 2411.10958): of 32 queries those that are equal modulo 8; of a block of keys 2t and 2t + 1
+    modulo 8, for t = 0..3.
+    """
+    batch, heads, tokens = amax.shape
+    span, threads, pair = (32, 8, 1) if role == "q" else (block, 4, 2)
+    padded = jnp.pad(amax, ((0, 0), (0, 0), (0, -tokens % span)))
+    grouped = padded.reshape(batch, heads, -1, span // (threads * pair), threads, pair)
+    largest = jnp.broadcast_to(_amax(grouped, (3, 5))[:, :, :, None, :, None], grouped.shape)
+    return largest.reshape(batch, heads, -1)[:, :, :tokens]
 
 
 def spread(scales: jax.Array, tokens: int, block: int) -> jax.Array:
@@ -89,8 +121,14 @@ def laid_out(values: jax.Array, role: str, width: str, block: int, layout: str) 
     return _registers.key_major(values, block, permuted=width != "fp8")
 
 
-@partial(jax.jit, static_argnames=("role", "width", "group", "block", "compute_mean", "layout"))
-def run(x, slots, norm, rope, mean, *, role, width, group, block, compute_mean, layout="rows"):
+_STATIC = ("role", "width", "group", "block", "compute_mean", "layout", "rotate", "block_mean")
+
+
+@partial(jax.jit, static_argnames=_STATIC)
+def run(
+    x, slots, norm, rope, mean, *, role, width, group, block, compute_mean, layout="rows", rotate=False,
+    block_mean=False,
+):  # fmt: skip
     """See arrange; arguments are checked there."""
     batch, _, heads, head_dim = x.shape
     y = x.astype(jnp.float32)
@@ -101,7 +139,11 @@ def run(x, slots, norm, rope, mean, *, role, width, group, block, compute_mean, 
     if mean is not None:
         mean = jnp.broadcast_to(mean.astype(jnp.float32).reshape(-1, heads, head_dim), (batch, heads, head_dim))
         y = y - mean[:, None]
+    y = _hadamard.rotate(y) if rotate else y
     by_head = [y[:, :, h] if slots is None else y[:, slots[h], h] for h in range(heads)]
     y = jnp.stack(by_head, axis=1)
+    if block_mean:
+        mean = block_means(y, block)
+        y = y - jnp.repeat(mean, block, axis=2)[:, :, : y.shape[2]]
     values, scales = (y.astype(x.dtype), None) if width == "bf16" else quantised(y, role, width, group, block)
     return laid_out(values, role, width, block, layout), scales, mean

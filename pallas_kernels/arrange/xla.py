@@ -9,21 +9,27 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _permute
+from pallas_kernels import _hadamard, _permute
 from pallas_kernels._check import FLOATS
-from pallas_kernels._choose import ALL_WIDTHS, Request, widths_served
-from pallas_kernels.arrange.reference import laid_out, normed, quantised, rotated
+from pallas_kernels._choose import EMULATED_WIDTHS, Request, widths_served
+from pallas_kernels.arrange.reference import FEATURES, block_means, laid_out, normed, quantised, rotated
 
 
 def why_not(request: Request) -> str | None:
-    """Serves every width and device at float32, bfloat16 and float16."""
+    """Serves every width, feature and device at float32, bfloat16 and float16."""
     if request.dtype not in FLOATS:
         return f"dtype {request.dtype} is not served; it serves {', '.join(FLOATS)}"
-    return widths_served(request, ALL_WIDTHS)
+    return widths_served(request, EMULATED_WIDTHS, FEATURES)
 
 
-@partial(jax.jit, static_argnames=("role", "width", "group", "block", "compute_mean", "layout"))
-def run(x, slots, norm, rope, mean, *, role, width, group, block, compute_mean, layout="rows"):
+_STATIC = ("role", "width", "group", "block", "compute_mean", "layout", "rotate", "block_mean")
+
+
+@partial(jax.jit, static_argnames=_STATIC)
+def run(
+    x, slots, norm, rope, mean, *, role, width, group, block, compute_mean, layout="rows", rotate=False,
+    block_mean=False,
+):  # fmt: skip
     """See arrange; arguments are checked there."""
     batch, _, heads, head_dim = x.shape
     y = x
@@ -35,13 +41,17 @@ def run(x, slots, norm, rope, mean, *, role, width, group, block, compute_mean, 
         mean = y.astype(jnp.float32).mean(axis=1)
     if mean is not None:
         mean = jnp.broadcast_to(mean.astype(jnp.float32).reshape(-1, heads, head_dim), (batch, heads, head_dim))
-    if width == "bf16":
+    if width == "bf16" and not rotate and not block_mean:
         y = (y if mean is None else y.astype(jnp.float32) - mean[:, None]).astype(x.dtype)
         return laid_out(_to_kernel(y, slots), role, width, block, layout), None, mean
     y = _to_kernel(y, slots).astype(jnp.float32)
     if mean is not None:
         y = y - mean[:, :, None]
-    values, scales = quantised(y, role, width, group, block)
+    y = _hadamard.rotate(y) if rotate else y
+    if block_mean:
+        mean = block_means(y, block)
+        y = y - jnp.repeat(mean, block, axis=2)[:, :, : y.shape[2]]
+    values, scales = (y.astype(x.dtype), None) if width == "bf16" else quantised(y, role, width, group, block)
     return laid_out(values, role, width, block, layout), scales, mean
 
 

@@ -36,6 +36,7 @@ def block_attention(
     q_scale: jax.Array | None = None,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
+    delta: jax.Array | None = None,
     out_dtype: Any = None,
     layout: str = "rows",
     head_dim: int | None = None,
@@ -45,13 +46,15 @@ def block_attention(
     """softmax(scale * q k^T) v over the kept blocks, renormalised over them (PAROAttention, section 3.2).
 
     q [B, H, Nq, D]; k, v [B, H, Nk, D]: kernel order, at their stored width: float32, bfloat16 or float16 for "bf16",
-    int8 for "int8" and "int4", float8_e4m3fn for "fp8".
+    int8 for "int8" and "int4", float8_e4m3fn for "fp8", bfloat16 for "fp4", which has no scales beside its values.
     count int32 [H, nq]; index int32 [H, nq, nk]: the kept key blocks of each query block, packed left, ascending;
     entries past count are ignored. nq = ceil(Nq / bq), nk = ceil(Nk / bk). Traced values out of range are clamped.
     slots int32 [H, Nq]: kernel slot -> model token of the queries; None: kernel order is model order.
     q_scale f32 [B, H, Nq] or [B, H, nq]; k_scale f32 [B, H, Nk] or [B, H, nk]; v_scale f32 [B, H, 1, D] or
     [B, H, nk, D]: what a stored value is multiplied by, per token or block (v: per channel, or block and channel).
     p_scale: P is rounded relative to its row's maximum in the key block ("block") or to the running one ("running").
+    delta f32 [B, H, nq, Nk]: added to q k^T of all queries of a block, before `scale` (SageAttention2's delta S, arXiv
+    2411.10958: what q k^T lacks when a block's mean query was subtracted; as there, nq Nk numbers a head).
     layout: "rows", or "hopper" for operands that `arrange` made with layout="hopper" (which says what they look like);
     then head_dim is how many of the padded channels are real.
     out_dtype: default v's dtype, else q's, where that is a float, else float32.
@@ -108,6 +111,12 @@ def block_attention(
     _require_scales("q_scale", q_scale, "qk", qk, [(batch, heads, q_tokens), (batch, heads, nq)])
     _require_scales("k_scale", k_scale, "qk", qk, [(batch, heads, kv_tokens), (batch, heads, nk)])
     _require_scales("v_scale", v_scale, "pv", pv, [(batch, heads, 1, head_dim), (batch, heads, nk, head_dim)])
+    if delta is not None:
+        require_shape("delta", delta, (batch, heads, nq, kv_tokens), "[batch, heads, query blocks, key tokens]")
+        if delta.dtype != jnp.float32:
+            raise mistake("delta", "dtype float32", f"dtype {delta.dtype}")
+        if qk == "bf16":
+            raise mistake("delta", "None at qk='bf16', which has nothing to make up for", "an array")
 
     request = _choose.Request(
         op="block_attention",
@@ -123,11 +132,12 @@ def block_attention(
         p_scale=p_scale,
         device=_choose.device_name(),
         layout=layout,
+        features=() if delta is None else ("delta",),
     )
     backend = _choose.choose(request, BACKENDS, implementation)
     options = dict(block=(bq, bk), scale=scale, qk=qk, pv=pv, p_scale=p_scale, out_dtype=out_dtype)
     run = partial(backend.run, **options, **({} if layout == "rows" else {"layout": layout}))
-    arrays = (q, k, v, count, index, slots, q_scale, k_scale, v_scale)
+    arrays = (q, k, v, count, index, slots, q_scale, k_scale, v_scale, *(() if delta is None else (delta,)))
     o, lse = run(*arrays) if qk == pv == "bf16" else _check.no_gradient(run, *arrays)
     o = o[..., :head_dim]
     return (o, lse) if return_residual else o
@@ -169,9 +179,9 @@ def _require_schedule(count: jax.Array, index: jax.Array, nk: int) -> None:
 
 def _require_scales(argument: str, scales: Any, widths: str, width: str, shapes: list[tuple[int, ...]]) -> None:
     """Raise ValueError unless `scales` is f32 of one of `shapes` exactly when `width` is quantised."""
-    if (scales is None) != (width == "bf16"):
+    if (scales is None) != (width in ("bf16", "fp4")):
         found = "None" if scales is None else f"an array of shape {list(scales.shape)}"
-        wanted = "None" if width == "bf16" else "scales"
+        wanted = "None" if width in ("bf16", "fp4") else "scales"
         raise mistake(argument, f"{wanted} at {widths}={width!r}", found)
     if scales is None:
         return

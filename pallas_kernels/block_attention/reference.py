@@ -12,15 +12,18 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import _fp4
 from pallas_kernels._check import FLOATS, WIDTHS
-from pallas_kernels._choose import ALL_WIDTHS, Request, widths_served
+from pallas_kernels._choose import EMULATED_WIDTHS, Request, widths_served
+
+FEATURES = ("delta",)
 
 
 def why_not(request: Request) -> str | None:
     """The oracle serves every width at float32, bfloat16 and float16, wherever integers stay exact in float32."""
     if request.dtype not in FLOATS:
         return f"dtype {request.dtype} is not served; it serves {', '.join(FLOATS)}"
-    return widths_served(request, ALL_WIDTHS) or foreign(request) or inexact(request)
+    return widths_served(request, EMULATED_WIDTHS, FEATURES) or foreign(request) or inexact(request)
 
 
 def foreign(request: Request) -> str | None:
@@ -38,12 +41,18 @@ def inexact(request: Request) -> str | None:
 
 
 def quantise_p(p: jax.Array, width: str, dtype: jnp.dtype) -> jax.Array:
-    """P in [0, 1] at the width it is multiplied at, as float32 levels. `dtype`: that of V, for width "bf16"."""
+    """P in [0, 1] at the width it is multiplied at, as float32 levels. `dtype`: that of V, for width "bf16".
+
+    The last axis is the keys of one block: fp4 scales 16 of them at a time, and because P is given relative to its
+    row first and fills the range of those scales, this is SageAttention3's two-level P.
+    """
     levels = WIDTHS[width].p_levels
     if width == "bf16":
         return p.astype(dtype).astype(jnp.float32)
     if width == "fp8":
         return (levels * p).astype(jnp.float8_e4m3fn).astype(jnp.float32)
+    if width == "fp4":
+        return _fp4.micro_scaled(levels * p, -1)
     return jnp.round(levels * p)
 
 
@@ -53,7 +62,9 @@ def token_scales(scales: jax.Array, tokens: int, group: int) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames=("block", "scale", "qk", "pv", "p_scale", "out_dtype"))
-def run(q, k, v, count, index, slots, q_scale, k_scale, v_scale, *, block, scale, qk, pv, p_scale, out_dtype):
+def run(
+    q, k, v, count, index, slots, q_scale, k_scale, v_scale, delta=None, *, block, scale, qk, pv, p_scale, out_dtype
+):  # fmt: skip
     """See block_attention; arguments are checked there. Returns (o [B, Nq, H, D], lse f32 [B, Nq, H])."""
     bq, bk = block
     (batch, heads, nq_tokens, head_dim), nk_tokens = q.shape, k.shape[2]
@@ -71,6 +82,8 @@ def run(q, k, v, count, index, slots, q_scale, k_scale, v_scale, *, block, scale
     q_scale = jnp.ones((batch, heads, nq_tokens), f32) if q_scale is None else token_scales(q_scale, nq_tokens, bq)
     k_scale = jnp.ones((batch, heads, nk_tokens), f32) if k_scale is None else token_scales(k_scale, nk_tokens, bk)
     scores = jax.lax.optimization_barrier(product * ((q_scale * f32(to_log2))[..., :, None] * k_scale[..., None, :]))
+    if delta is not None:
+        scores = scores + jax.lax.optimization_barrier(jnp.repeat(delta * f32(to_log2), bq, axis=2)[:, :, :nq_tokens])
     tail = nk * bk - nk_tokens
     scores = jnp.pad(scores, ((0, 0), (0, 0), (0, 0), (0, tail)), constant_values=-jnp.inf)
     scores = scores.reshape(batch, heads, nq_tokens, nk, bk)

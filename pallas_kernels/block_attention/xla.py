@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import _check, _permute
 from pallas_kernels._check import FLOATS, WIDTHS
-from pallas_kernels._choose import ALL_WIDTHS, Request, widths_served
-from pallas_kernels.block_attention.reference import foreign, inexact, quantise_p, token_scales
+from pallas_kernels._choose import EMULATED_WIDTHS, Request, widths_served
+from pallas_kernels.block_attention.reference import FEATURES, foreign, inexact, quantise_p, token_scales
 
 _LOWEST = -3.4028235e38  # a maximum before the first score: finite, so that a masked score of -inf gives exp2(-inf) = 0
 
@@ -38,7 +38,7 @@ def why_not(request: Request) -> str | None:
     """Serves every width and device at float32, bfloat16 and float16, wherever integers stay exact in float32."""
     if request.dtype not in FLOATS:
         return f"dtype {request.dtype} is not served; it serves {', '.join(FLOATS)}"
-    return widths_served(request, ALL_WIDTHS) or foreign(request) or inexact(request)
+    return widths_served(request, EMULATED_WIDTHS, FEATURES) or foreign(request) or inexact(request)
 
 
 def tiles(rows: int, blocks: int, bq: int, bk: int) -> Tiles:
@@ -61,14 +61,16 @@ class Spec(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("block", "scale", "qk", "pv", "p_scale", "out_dtype"))
-def run(q, k, v, count, index, slots, q_scale, k_scale, v_scale, *, block, scale, qk, pv, p_scale, out_dtype):
+def run(
+    q, k, v, count, index, slots, q_scale, k_scale, v_scale, delta=None, *, block, scale, qk, pv, p_scale, out_dtype
+):  # fmt: skip
     """See block_attention; arguments are checked there. Returns (o [B, Nq, H, D], lse f32 [B, Nq, H])."""
     spec = Spec(block, scale, qk, pv, p_scale, out_dtype)
-    arrays = _check.share_mesh_axes(q, k, v, count, index, slots, q_scale, k_scale, v_scale)
-    q, k, v, count, index, slots, q_scale, k_scale, v_scale = arrays
-    if qk == "bf16" and pv == "bf16":
+    arrays = _check.share_mesh_axes(q, k, v, count, index, slots, q_scale, k_scale, v_scale, delta)
+    q, k, v, count, index, slots, q_scale, k_scale, v_scale, delta = arrays
+    if qk == "bf16" and pv == "bf16" and delta is None:
         return _attend(spec, q, k, v, count, index, slots)
-    return _forward(spec, q, k, v, count, index, slots, q_scale, k_scale, v_scale)
+    return _forward(spec, q, k, v, count, index, slots, q_scale, k_scale, v_scale, delta)
 
 
 # ---- the schedule ---------------------------------------------------------------------------------------------------
@@ -164,7 +166,7 @@ def _compute_dtype(width: str, dtype: Any) -> Any:
 # ---- forward --------------------------------------------------------------------------------------------------------
 
 
-def _forward(spec: Spec, q, k, v, count, index, slots, q_scale=None, k_scale=None, v_scale=None):
+def _forward(spec: Spec, q, k, v, count, index, slots, q_scale=None, k_scale=None, v_scale=None, delta=None):
     (batch, heads, q_tokens, head_dim), kv_tokens = q.shape, k.shape[2]
     bq, bk = spec.block
     nk = index.shape[2]
@@ -181,6 +183,8 @@ def _forward(spec: Spec, q, k, v, count, index, slots, q_scale=None, k_scale=Non
     if q_scale is not None and k_scale is not None:
         row_factor = _blocks(token_scales(q_scale, q_tokens, bq) * f32(to_log2), bq)
         key_factor = _blocks(token_scales(k_scale, kv_tokens, bk), bk)
+    if delta is not None:  # [B * H * nq, nk, bk]
+        delta = jnp.pad(delta * f32(to_log2), [(0, 0)] * 3 + [(0, nk * bk - kv_tokens)]).reshape(-1, nk, bk)
     v_factor = None if v_scale is None or v_scale.shape[2] == 1 else v_scale.reshape(-1, 1, head_dim)
     qk_dtype = _compute_dtype(spec.qk, q.dtype)
     pv_dtype = _compute_dtype(spec.pv, v.dtype)
@@ -204,6 +208,8 @@ def _forward(spec: Spec, q, k, v, count, index, slots, q_scale=None, k_scale=Non
                 s = jax.lax.optimization_barrier(s * factor)
             elif not prescaled:
                 s = s * to_log2
+            if delta is not None:
+                s = s + delta[rows[:, None], chosen].reshape(team, 1, step * bk)
             live = live[:, :, None] & (_tokens(chosen, bk) < kv_tokens)
             s = jnp.where(live.reshape(team, 1, step * bk), s, -jnp.inf)
             v_step = v_blocks[where].astype(pv_dtype)

@@ -83,6 +83,9 @@ def _summary(plan: AttentionPlan, keep: np.ndarray, info: dict, path: Path) -> d
         "density": plan.density,
         "size": f"{plan.nbytes / 1e6:.3g} MB",
     }
+    if plan.wide is not None and plan.wide_quant is not None:
+        wide = ", ".join(f"{name} {value}" for name, value in vars(plan.wide_quant).items())
+        summary["wide widths"] = f"{wide}; at {int(np.sum(np.asarray(plan.wide)))} of {plan.wide.size} (bucket, site)"
     for name, value in (info.get("provenance") or {}).items():
         summary[f"made: {name}"] = value if not isinstance(value, dict | list) else _show.dumps(value).replace("\n", "")
     return summary

@@ -67,7 +67,8 @@ def loss(graph, params, latents, words, first, key) -> jax.Array:
     noise = jax.random.normal(k2, latents.shape)
     noisy = jnp.sqrt(a) * latents + jnp.sqrt(1 - a) * noise
     v = jnp.sqrt(a) * noise - jnp.sqrt(1 - a) * latents
-    return jnp.mean((nnx.merge(graph, params)(noisy, t.astype(jnp.float32), words, first, dense=attention) - v) ** 2)
+    found = nnx.merge(graph, params)(noisy, t.astype(jnp.float32), words, first, attention_fn=attention)
+    return jnp.mean((found - v) ** 2)
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

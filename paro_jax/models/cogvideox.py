@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +22,15 @@ from paro_jax import AttentionPlan, Rope, TokenGrid
 from paro_jax._plan import check_fits
 from paro_jax.models._mapping import Rows
 from paro_jax.models.layers import (
-    Dense,
+    AttentionFn,
     Heads,
     Remat,
     activate,
-    attend_dense,
-    attend_planned,
+    attend,
+    attend_arranged,
     axis_rope,
     capture_blocks,
+    check_carry,
     check_latents,
     check_shape,
     head_norm,
@@ -209,17 +210,19 @@ class Block(nnx.Module):
         is_text: Array,
         rope: Rope | None,
         plan: AttentionPlan | None,
-        dense: Dense | None = None,
+        attention_fn: AttentionFn | None = None,
     ) -> Array:
         h, gate = self.norm1(x, temb, is_text)
-        x = x + gate * self.attention(h, rope, plan, dense)
+        x = x + gate * self.attention(h, rope, plan, attention_fn)
         h, gate = self.norm2(x, temb, is_text)
         return x + gate * self.mlp_out(activate(self.mlp_in(h)))
 
-    def attention(self, h: Array, rope: Rope | None, plan: AttentionPlan | None, dense: Dense | None) -> Array:
-        """The seam: `[B, N, C]` -> `[B, N, C]`, `dense` without a plan."""
-        if plan is None:
-            o = attend_dense(self.qkv(h, rope), dense)
+    def attention(
+        self, h: Array, rope: Rope | None, plan: AttentionPlan | None, attention_fn: AttentionFn | None
+    ) -> Array:
+        """The seam: `[B, N, C]` -> `[B, N, C]`, by `attention_fn` if given."""
+        if plan is None or attention_fn is not None:
+            o = attend(self.qkv(h, rope), attention_fn, plan)
         else:
 
             def project(role: Literal["q", "k", "v"], linear: nnx.Linear, norm: nnx.LayerNorm | None):
@@ -234,7 +237,7 @@ class Block(nnx.Module):
 
             q = project("q", self.to_q, self.norm_q)
             k = project("k", self.to_k, self.norm_k)
-            o = attend_planned(q, k, project("v", self.to_v, None), plan)
+            o = attend_arranged(q, k, project("v", self.to_v, None), plan)
         return self.to_out(o.reshape(*o.shape[:2], -1))
 
     def heads(self, x: Array, temb: Array, is_text: Array, rope: Rope | None) -> Heads:
@@ -274,17 +277,21 @@ class CogVideoX(nnx.Module):
         text: Array,
         *,
         plan: AttentionPlan | None = None,
-        dense: Dense | None = None,
+        attention_fn: AttentionFn | None = None,
+        carry: Any = None,
         remat: Remat = False,
         unroll: bool = False,
-    ) -> Array:
+    ) -> Any:
         """Predict.
 
         latents `[B, F, C, H, W]`, timestep `[B]`, text `[B, T, E]` -> `[B, F, C_out, H, W]`, at the dtype of latents
         and weights. ValueError for inputs or a plan that do not fit: F, H, W are multiples of the patch, and
         `config.padded_frames` is such an F.
-        `plan`: leading axis (sites,) = layers. Without one attention is dense: `dense(q, k, v)`, for example
-        `partial(paro_jax.attention, implementation="cudnn")`; by default `paro_jax.attention`.
+        `plan`: leading axis (sites,) = layers. `attention_fn(q, k, v)` computes attention in place of
+        `paro_jax.attention`, such as `partial(paro_jax.attention, implementation="cudnn")`; with a plan it is called as
+        `attention_fn(q, k, v, plan=the layer's)`, for masks made from q and k (`paro_jax.policies`). `carry`: what it
+        remembers or is told of each layer, a pytree with leading axis (sites,); it then takes `carry=the layer's` and
+        returns (output, the next carry), and so does the model: (prediction, carry).
         `remat`: True computes blocks again in the backward pass; names out of `layers.NAMES`, such as "attention", all
         of them but what is named; a policy of `jax.checkpoint_policies` what it says. `unroll`: compile each layer by
         itself instead of one for all.
@@ -292,13 +299,15 @@ class CogVideoX(nnx.Module):
         grid, config = self.grid_of(latents, timestep, text), self.config
         if plan is not None:
             check_fits(plan, sites=config.num_layers, heads=config.num_heads, grid=grid)
+        check_carry(carry, attention_fn, config.num_layers)
         x, context = self.enter(latents, timestep, text)
-        x = run_layers(self.blocks, x, context, plan, dense, remat=remat, unroll=unroll)
+        x, after = run_layers(self.blocks, x, context, plan, attention_fn, carry, remat=remat, unroll=unroll)
         x = self.norm_final(x)[:, grid.text :]
         shift, scale = jnp.split(self.modulation_out(jax.nn.silu(context[0])), 2, axis=-1)
         x = self.proj_out(self.norm_out(x) * (1 + scale[:, None]) + shift[:, None])
         x = x.reshape(-1, *grid.shape, config.out_channels, *config.patch).transpose(0, 1, 5, 4, 2, 6, 3, 7)
-        return x.reshape(*latents.shape[:2], config.out_channels, *latents.shape[3:])
+        x = x.reshape(*latents.shape[:2], config.out_channels, *latents.shape[3:])
+        return x if carry is None else (x, after)
 
     def capture(self, latents: Array, timestep: Array, text: Array) -> Iterator[Heads]:
         """q, k, v `[B, N, heads, D]` of one layer after the other, normed and rotated, in model order, for `calibrate`.

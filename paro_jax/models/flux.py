@@ -23,14 +23,15 @@ from paro_jax import AttentionPlan, Rope, TokenGrid
 from paro_jax._plan import check_fits
 from paro_jax.models._mapping import Rows
 from paro_jax.models.layers import (
-    Dense,
+    AttentionFn,
     Heads,
     Remat,
     activate,
-    attend_dense,
-    attend_planned,
+    attend,
+    attend_arranged,
     axis_rope,
     capture_blocks,
+    check_carry,
     check_latents,
     check_shape,
     head_norm,
@@ -234,18 +235,18 @@ class DoubleBlock(nnx.Module):
         temb: Array,
         rope: Rope,
         plan: AttentionPlan | None,
-        dense: Dense | None = None,
+        attention_fn: AttentionFn | None = None,
     ) -> tuple[Array, Array]:
         """streams: text `[B, T, C]` and image `[B, N - T, C]`."""
         parts = self.parts(temb)
         q, k, v = self.qkv(streams, parts)
-        if plan is None:
-            o = attend_dense((rotate(q, rope), rotate(k, rope), v), dense)
+        if plan is None or attention_fn is not None:
+            o = attend((rotate(q, rope), rotate(k, rope), v), attention_fn, plan)
         else:
             # Two projections feed each of q, k and v, so they are arranged once joined.
             q = paro_jax.arrange(q, plan=plan, role="q", rope=rope)
             k = paro_jax.arrange(k, plan=plan, role="k", rope=rope)
-            o = attend_planned(q, k, paro_jax.arrange(v, plan=plan, role="v"), plan)
+            o = attend_arranged(q, k, paro_jax.arrange(v, plan=plan, role="v"), plan)
         o, tokens = o.reshape(*o.shape[:2], -1), streams[0].shape[1]
         text = self.text.finish(streams[0], o[:, :tokens], parts[0])
         return text, self.image.finish(streams[1], o[:, tokens:], parts[1])
@@ -268,11 +269,11 @@ class SingleBlock(Projections):
         q, k, v = self.qkv(modulate(x, *self.parts(temb)[:2]))
         return rotate(q, rope), rotate(k, rope), v
 
-    def attention(self, h: Array, rope: Rope, plan: AttentionPlan | None, dense: Dense | None) -> Array:
-        """The seam: `[B, N, C]` -> `[B, N, heads, D]`, `dense` without a plan."""
-        if plan is None:
+    def attention(self, h: Array, rope: Rope, plan: AttentionPlan | None, attention_fn: AttentionFn | None) -> Array:
+        """The seam: `[B, N, C]` -> `[B, N, heads, D]`, by `attention_fn` if given."""
+        if plan is None or attention_fn is not None:
             q, k, v = self.qkv(h)
-            return attend_dense((rotate(q, rope), rotate(k, rope), v), dense)
+            return attend((rotate(q, rope), rotate(k, rope), v), attention_fn, plan)
 
         def project(role: Literal["q", "k", "v"], linear: nnx.Linear, norm: nnx.RMSNorm | None):
             return paro_jax.project_in(
@@ -285,14 +286,14 @@ class SingleBlock(Projections):
             )
 
         q, k = project("q", self.to_q, self.norm_q), project("k", self.to_k, self.norm_k)
-        return attend_planned(q, k, project("v", self.to_v, None), plan)
+        return attend_arranged(q, k, project("v", self.to_v, None), plan)
 
     def __call__(
-        self, x: Array, temb: Array, rope: Rope, plan: AttentionPlan | None, dense: Dense | None = None
+        self, x: Array, temb: Array, rope: Rope, plan: AttentionPlan | None, attention_fn: AttentionFn | None = None
     ) -> Array:
         shift, scale, gate = self.parts(temb)
         h = modulate(x, shift, scale)
-        o = self.attention(h, rope, plan, dense)
+        o = self.attention(h, rope, plan, attention_fn)
         return x + gate[:, None] * self.to_out(jnp.concatenate([o.reshape(x.shape), self.mlp(h)], -1))
 
 
@@ -322,18 +323,21 @@ class Flux(nnx.Module):
         guidance: Array | None = None,
         *,
         plan: AttentionPlan | None = None,
-        dense: Dense | None = None,
+        attention_fn: AttentionFn | None = None,
+        carry: Any = None,
         remat: Remat = False,
         unroll: bool = False,
-    ) -> Array:
+    ) -> Any:
         """Predict.
 
         latents `[B, C, H, W]`, timestep `[B]` from 0 to 1, text (T5) `[B, T, E]`, pooled (CLIP) `[B, P]`, guidance
         `[B]` for a guided model and None for another -> `[B, C, H, W]`, at the dtype of latents and weights. ValueError
         for inputs or a plan that do not fit.
-        `plan`: leading axis (sites,), double blocks, then single ones. Without one attention is dense:
-        `dense(q, k, v)`, for example `partial(paro_jax.attention, implementation="cudnn")`; by default
-        `paro_jax.attention`.
+        `plan`: leading axis (sites,), double blocks, then single ones. `attention_fn(q, k, v)` computes attention in
+        place of `paro_jax.attention`, such as `partial(paro_jax.attention, implementation="cudnn")`; with a plan it is
+        called as `attention_fn(q, k, v, plan=the layer's)`, for masks made from q and k (`paro_jax.policies`). `carry`:
+        what it remembers or is told of each layer, a pytree with leading axis (sites,); it then takes `carry=the
+        layer's` and returns (output, the next carry), and so does the model: (prediction, carry).
         `remat`: True computes blocks again in the backward pass; names out of `layers.NAMES`, such as "attention", all
         of them but what is named; a policy of `jax.checkpoint_policies` what it says. `unroll`: compile each layer by
         itself instead of one for all of its kind.
@@ -341,20 +345,20 @@ class Flux(nnx.Module):
         config, p = self.config, self.config.patch_size
         grid = self.grid_of(latents, timestep, text, pooled, guidance)
         streams, context = self.enter(latents, timestep, text, pooled, guidance)
-        first, last = plan, plan
         if plan is not None:
             check_fits(plan, sites=config.sites, heads=config.num_heads, grid=grid)
-            first, last = (
-                jax.tree.map(lambda a, s=s: a[s], plan)
-                for s in (slice(config.num_double), slice(config.num_double, None))
-            )
+        check_carry(carry, attention_fn, config.sites)
+        parts = (slice(config.num_double), slice(config.num_double, None))
+        plans, carries = ([jax.tree.map(lambda a, s=s: a[s], tree) for s in parts] for tree in (plan, carry))
         how: dict[str, Any] = dict(remat=remat, unroll=unroll)
-        streams = run_layers(self.double, streams, context, first, dense, **how)
-        x = run_layers(self.single, jnp.concatenate(streams, axis=1), context, last, dense, **how)
+        streams, first = run_layers(self.double, streams, context, plans[0], attention_fn, carries[0], **how)
+        x = jnp.concatenate(streams, axis=1)
+        x, last = run_layers(self.single, x, context, plans[1], attention_fn, carries[1], **how)
         scale, shift = jnp.split(self.modulation_out(jax.nn.silu(context[0])), 2, axis=-1)
         x = self.proj_out(modulate(x[:, grid.text :], shift, scale))
         x = x.reshape(-1, *grid.shape, config.in_channels, p, p)
-        return x.transpose(0, 3, 1, 4, 2, 5).reshape(latents.shape)
+        x = x.transpose(0, 3, 1, 4, 2, 5).reshape(latents.shape)
+        return x if carry is None else (x, jax.tree.map(lambda *both: jnp.concatenate(both), first, last))
 
     def capture(
         self, latents: Array, timestep: Array, text: Array, pooled: Array, guidance: Array | None = None

@@ -17,7 +17,9 @@ import paro_jax
 from paro_jax import AttentionPlan, Norm, Rope, TokenBlocks, TokenGrid
 
 Heads = tuple[Array, Array, Array]  # q, k, v of one attention layer, [B, N, heads, D] in model order
-Dense = Callable[[Array, Array, Array], Array]  # attention without a plan: q, k, v -> [B, N, heads, D]
+# Attention in place of ours: q, k, v of a layer -> [B, N, heads, D]. By keyword it is given what the model was called
+# with, the layer's own: `plan`, and `carry`, with which it returns (output, the next carry).
+AttentionFn = Callable[..., Any]
 Remat = bool | str | Sequence[str] | Callable[..., bool]
 
 # What a block computes under a name, for `remat`: q, k and v as attention takes them; what attention gives, [B, N,
@@ -92,13 +94,14 @@ def head_norm(norm: nnx.LayerNorm | nnx.RMSNorm) -> Norm:
     return Norm("layer", scale, None if norm.bias is None else norm.bias[...], norm.epsilon)
 
 
-def attend_dense(qkv: Heads, dense: Dense | None) -> Array:
-    """Attention without a plan, `[B, N, heads, D]`: by `dense`, or else `paro_jax.attention`. Named for `remat`."""
-    return checkpoint_name((dense or paro_jax.attention)(*checkpoint_name(qkv, "qkv")), "attention")
+def attend(qkv: Heads, attention_fn: AttentionFn | None, plan: AttentionPlan | None = None) -> Array:
+    """Attention, `[B, N, heads, D]`: by `attention_fn`, or else `paro_jax.attention`. Named for `remat`."""
+    given = {} if plan is None else {"plan": plan}
+    return checkpoint_name((attention_fn or paro_jax.attention)(*checkpoint_name(qkv, "qkv"), **given), "attention")
 
 
-def attend_planned(q: TokenBlocks, k: TokenBlocks, v: TokenBlocks, plan: AttentionPlan) -> Array:
-    """Attention under a plan, `[B, N, heads, D]` in model order. Named for `remat`."""
+def attend_arranged(q: TokenBlocks, k: TokenBlocks, v: TokenBlocks, plan: AttentionPlan) -> Array:
+    """Attention of what was arranged for a plan, `[B, N, heads, D]` in model order. Named for `remat`."""
     q, k, v = checkpoint_name((q, k, v), "qkv")
     return checkpoint_name(paro_jax.attend(q, k, v, plan=plan), "attention")
 
@@ -113,26 +116,47 @@ def run_layers(
     x: Any,
     context: tuple,
     plan: AttentionPlan | None,
-    dense: Dense | None,
+    attention_fn: AttentionFn | None,
+    carry: Any = None,
     *,
     remat: Remat = False,
     unroll: bool = False,
-) -> Any:
-    """x through all layers of a stack: `x = block(x, *context, plan, dense)`, plan and weights a slice of theirs.
+) -> tuple[Any, Any]:
+    """x through all layers of a stack: `x = block(x, *context, plan, attention_fn)`, with a layer's weights and plan.
 
+    Returns x and the next `carry`: what `attention_fn` made of its slice in every layer, stacked; None for None.
     `remat`, of the backward pass: False keeps all that it needs, True the input of each block alone, names out of
     `NAMES` that input and what bears them, and a function is a policy of `jax.checkpoint`; the rest is computed again.
     `unroll`: compile every layer by itself rather than one program that all of them run in turn.
     """
 
-    def layer(x: Any, block_and_plan: Any) -> tuple[Any, None]:
-        block, plan = block_and_plan
-        return block(x, *context, plan, dense), None
+    def layer(x: Any, per_layer: Any) -> tuple[Any, Any]:
+        block, plan, before = per_layer
+        if before is None or attention_fn is None:
+            return block(x, *context, plan, attention_fn), None
+        compute, after = attention_fn, []
+
+        def attend_and_carry(*qkv: Array, **given: Any) -> Array:  # so that a block need not know of carries
+            o, mine = compute(*qkv, **given, carry=before)
+            after.append(mine)
+            return o
+
+        x = block(x, *context, plan, attend_and_carry)
+        return x, after[0]
 
     if remat is not False:
         # In a loop nothing outside can take the second computation for the first, so nothing need hinder it.
         layer = jax.checkpoint(layer, policy=_policy(remat), prevent_cse=unroll)
-    return jax.lax.scan(layer, x, (blocks, plan), unroll=unroll)[0]
+    return jax.lax.scan(layer, x, (blocks, plan, carry), unroll=unroll)
+
+
+def check_carry(carry: Any, attention_fn: AttentionFn | None, sites: int) -> None:
+    """ValueError unless there is an `attention_fn` to take the carry, and its arrays have a leading axis of layers."""
+    if carry is not None and attention_fn is None:
+        raise ValueError("carry: expected None without attention_fn, found one; give the function that takes it.")
+    for leaf in jax.tree.leaves(carry):
+        if np.shape(leaf)[:1] != (sites,):
+            raise ValueError(f"carry: expected arrays with a leading axis of {sites} layers, found {np.shape(leaf)}.")
 
 
 def _policy(remat: Remat) -> Callable[..., bool] | None:

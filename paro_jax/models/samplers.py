@@ -33,8 +33,9 @@ from jax import Array
 from jax.core import Tracer
 from tqdm import tqdm
 
-# latents f32 [B, ...], timestep f32 [B] in the model's unit, step int32 [] from 0 -> the model's answer [B, ...]
-Predict = Callable[[Array, Array, Array], Array]
+# latents f32 [B, ...], timestep f32 [B] in the model's unit, step int32 [] from 0 -> the model's answer [B, ...];
+# where a sampler has a carry, predict takes it fourth and returns (answer, the next carry)
+Predict = Callable[..., Any]
 
 
 # --- v prediction: CogVideoX ----------------------------------------------------------------------------------------
@@ -86,21 +87,31 @@ def ddim_step(x: Array, v: Array, index: Array, *, steps: int, schedule: VSchedu
 
 
 def ddim(
-    predict: Predict, noise: Array, *, steps: int, schedule: VSchedule = VSchedule(), progress: bool = False
-) -> Array:
+    predict: Predict,
+    noise: Array,
+    *,
+    steps: int,
+    schedule: VSchedule = VSchedule(),
+    progress: bool = False,
+    carry: Any = None,
+) -> Any:
     """Deterministic DDIM for a v-predicting model, one `lax.scan` over steps.
 
     `predict(latents [B, ...], timestep f32 [B], step int32) -> v [B, ...]`; steps count from 0, as `plan.at_step` does.
-    Returns the denoised latents, f32. Raises ValueError for a step count the schedule does not have, and for `progress`
-    under `jit`.
+    `carry`: what a model remembers from step to step (DiTFastAttn's layers do), any pytree of arrays; then
+    `predict(latents, timestep, step, carry) -> (v, the next carry)`, here and in every sampler.
+    Returns the denoised latents, f32, and with `carry` the last carry. Raises ValueError for a step count the schedule
+    does not have, and for `progress` under `jit`.
     """
     _check_steps(steps, schedule.train_steps)
     times = jnp.asarray(schedule.timesteps(steps), jnp.float32)
 
-    def step(x, index):
-        return ddim_step(x, _ask(predict, x, times, index), index, steps=steps, schedule=schedule)
+    def step(state, index):
+        x, carry = state
+        v, carry = _ask(predict, x, times, index, carry)
+        return ddim_step(x, v, index, steps=steps, schedule=schedule), carry
 
-    return _run(step, noise.astype(jnp.float32), steps, progress)
+    return _result(_run(step, (noise.astype(jnp.float32), carry), steps, progress))
 
 
 def fresh_noise(key: Array, like: Array) -> Callable[[Array], Array]:
@@ -116,12 +127,13 @@ def dpm(
     fresh: Callable[[Array], Array],
     schedule: VSchedule = VSchedule(),
     progress: bool = False,
-) -> Array:
+    carry: Any = None,
+) -> Any:
     """CogVideoX's DPM sampler for a v-predicting model, SDE-DPM-Solver++(2M), one `lax.scan` over steps.
 
     `predict` as for `ddim`. `fresh(step int32) -> [B, ...]`: the noise that step adds, standard normal;
     `fresh_noise(key, noise)` makes it from a key, and `lambda step: stored[step]` reads what another program drew.
-    Returns the denoised latents, f32. Raises ValueError as `ddim` does.
+    Returns the denoised latents, f32, and with `carry` the last carry. Raises ValueError as `ddim` does.
     """
     _check_steps(steps, schedule.train_steps)
     times = jnp.asarray(schedule.timesteps(steps), jnp.float32)
@@ -130,12 +142,13 @@ def dpm(
     table = jnp.asarray(_dpm_table(*schedule.signal(steps)), jnp.float32)
 
     def step(state, index):
-        x, before = state
-        clean = signal[index] * x - spread[index] * _ask(predict, x, times, index)
-        return _combine(table[:, index], x, clean, before, fresh(index)), clean
+        x, carry, before = state
+        v, carry = _ask(predict, x, times, index, carry)
+        clean = signal[index] * x - spread[index] * v
+        return _combine(table[:, index], x, clean, before, fresh(index)), carry, clean
 
     x = noise.astype(jnp.float32)
-    return _run(step, (x, jnp.zeros_like(x)), steps, progress)[0]
+    return _result(_run(step, (x, carry, jnp.zeros_like(x)), steps, progress))
 
 
 def _dpm_table(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -195,31 +208,37 @@ def flux_shift(tokens: int) -> float:
     return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
 
 
-def flow_euler(predict: Predict, noise: Array, *, steps: int, schedule: FlowSchedule, progress: bool = False) -> Array:
+def flow_euler(
+    predict: Predict, noise: Array, *, steps: int, schedule: FlowSchedule, progress: bool = False, carry: Any = None
+) -> Any:
     """Euler steps along the flow, one `lax.scan`: x += (next sigma - sigma) * prediction.
 
     `predict(latents [B, ...], sigma f32 [B] in (0, 1], step int32) -> flow [B, ...]`; FLUX takes sigma as its timestep,
-    Wan 1000 sigma. Returns the denoised latents, f32. Raises ValueError for less than one step, and for `progress`
-    under `jit`.
+    Wan 1000 sigma. Returns the denoised latents, f32, and with `carry` the last carry. Raises ValueError for less than
+    one step, and for `progress` under `jit`.
     """
     _check_steps(steps)
     sigmas = schedule.sigmas(steps)
     now, down = jnp.asarray(sigmas[:-1], jnp.float32), jnp.asarray(np.diff(sigmas), jnp.float32)
 
-    def step(x, index):
-        return x + down[index] * _ask(predict, x, now, index)
+    def step(state, index):
+        x, carry = state
+        flow, carry = _ask(predict, x, now, index, carry)
+        return x + down[index] * flow, carry
 
-    return _run(step, noise.astype(jnp.float32), steps, progress)
+    return _result(_run(step, (noise.astype(jnp.float32), carry), steps, progress))
 
 
-def unipc(predict: Predict, noise: Array, *, steps: int, schedule: FlowSchedule, progress: bool = False) -> Array:
+def unipc(
+    predict: Predict, noise: Array, *, steps: int, schedule: FlowSchedule, progress: bool = False, carry: Any = None
+) -> Any:
     """Wan's sampler: UniPC of second order with B(h) = e^h - 1 ("bh2") on clean latents, one `lax.scan` over steps.
 
     Each step first corrects the latents with what the model now says of them, then predicts the next; one call of the
     model per step. The first and the last step are of first order.
     `predict(latents [B, ...], timestep f32 [B], step int32) -> flow [B, ...]`; timesteps are whole, 999 to 0, as Wan
-    takes them. Returns the denoised latents, f32. Raises ValueError for a step count the schedule does not have, and
-    for `progress` under `jit`.
+    takes them. Returns the denoised latents, f32, and with `carry` the last carry. Raises ValueError for a step count
+    the schedule does not have, and for `progress` under `jit`.
     """
     _check_steps(steps, schedule.train_steps)
     sigmas = schedule.unipc_sigmas(steps)
@@ -228,13 +247,14 @@ def unipc(predict: Predict, noise: Array, *, steps: int, schedule: FlowSchedule,
     level = jnp.asarray(sigmas, jnp.float32)
 
     def step(state, index):
-        x, last, before, older = state
-        clean = x - level[index] * _ask(predict, x, times, index)
+        x, carry, last, before, older = state
+        flow, carry = _ask(predict, x, times, index, carry)
+        clean = x - level[index] * flow
         x = _combine(correct[:, index], x, last, clean, before, older)
-        return _combine(advance[:, index], x, clean, before), x, clean, before
+        return _combine(advance[:, index], x, clean, before), carry, x, clean, before
 
     x = noise.astype(jnp.float32)
-    return _run(step, (x, *[jnp.zeros_like(x)] * 3), steps, progress)[0]
+    return _result(_run(step, (x, carry, *[jnp.zeros_like(x)] * 3), steps, progress))
 
 
 def _unipc_tables(sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -282,20 +302,23 @@ def guided(predict: Predict, scale: float | Callable[[Array], Array]) -> Predict
 
     `predict` is asked with 2B rows, the B latents twice: its first half must be conditioned on nothing (or a negative
     prompt), its second on the prompt. The answer is without + scale (with - without). `scale`: a number, or a function
-    of the timestep (f32 scalar), such as `cosine_guidance(6.0, steps=50)`.
+    of the timestep (f32 scalar), such as `cosine_guidance(6.0, steps=50)`. A carry passes through.
 
     CogVideoX 6, Wan 2.1 5; FLUX.1 takes none: dev was distilled to take its guidance as an input.
     """
 
-    def both(x: Array, timestep: Array, step: Array) -> Array:
-        answer = predict(jnp.concatenate([x, x]), jnp.concatenate([timestep, timestep]), step).astype(jnp.float32)
+    def both(x: Array, timestep: Array, step: Array, *carry: Any) -> Any:
+        answer = predict(jnp.concatenate([x, x]), jnp.concatenate([timestep, timestep]), step, *carry)
+        answer, after = answer if carry else (answer, None)
+        answer = answer.astype(jnp.float32)
         if answer.shape[0] != 2 * x.shape[0]:
             raise ValueError(
                 f"predict: expected {2 * x.shape[0]} rows, without the prompt and with it, found {answer.shape[0]}; "
                 "give the text of both halves, without first."
             )
         without, prompted = jnp.split(answer, 2)
-        return without + (scale(timestep[0]) if callable(scale) else scale) * (prompted - without)
+        answer = without + (scale(timestep[0]) if callable(scale) else scale) * (prompted - without)
+        return (answer, after) if carry else answer
 
     return both
 
@@ -350,11 +373,18 @@ def _check_steps(steps: int, most: int | None = None) -> None:
         raise ValueError(f"steps: expected {wanted}, found {steps}; FLUX.1-schnell takes 4, other models 28 to 50.")
 
 
-def _ask(predict: Predict, x: Array, times: Array, index: Array) -> Array:
-    answer = predict(x, jnp.broadcast_to(times[index], x.shape[:1]), index)
+def _ask(predict: Predict, x: Array, times: Array, index: Array, carry: Any) -> tuple[Array, Any]:
+    timestep = jnp.broadcast_to(times[index], x.shape[:1])
+    answer, carry = (predict(x, timestep, index), None) if carry is None else predict(x, timestep, index, carry)
     if answer.shape != x.shape:  # it would broadcast, or fail far from here
         raise ValueError(f"predict: expected an answer of the latents' shape {x.shape}, found {answer.shape}.")
-    return answer.astype(jnp.float32)
+    return answer.astype(jnp.float32), carry
+
+
+def _result(state: tuple[Any, ...]) -> Any:
+    """The latents, and the carry where there is one, out of a sampler's last state."""
+    x, carry = state[:2]
+    return x if carry is None else (x, carry)
 
 
 def _combine(weights: Array, *terms: Array) -> Array:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +22,15 @@ import paro_jax
 from paro_jax import AttentionPlan, Rope, TokenGrid
 from paro_jax._plan import check_fits
 from paro_jax.models.layers import (
-    Dense,
+    AttentionFn,
     Heads,
     Remat,
     activate,
-    attend_dense,
-    attend_planned,
+    attend,
+    attend_arranged,
     axis_rope,
     capture_blocks,
+    check_carry,
     check_latents,
     check_shape,
     head_weights,
@@ -176,20 +178,20 @@ class Attention(nnx.Module):
         """`[B, N, C]` -> q, k, v of self-attention, normed and rotated."""
         return rotate(self.query(h), rope), rotate(self.key(h), rope), split_heads(self.to_v(h), self.num_heads)
 
-    def to_self(self, h: Array, rope: Rope, plan: AttentionPlan | None, dense: Dense | None) -> Array:
-        """The seam: `[B, N, C]` -> `[B, N, C]`, `dense` without a plan."""
-        if plan is None:
-            return self.out(attend_dense(self.qkv(h, rope), dense))
+    def to_self(self, h: Array, rope: Rope, plan: AttentionPlan | None, attention_fn: AttentionFn | None) -> Array:
+        """The seam: `[B, N, C]` -> `[B, N, C]`, by `attention_fn` if given."""
+        if plan is None or attention_fn is not None:
+            return self.out(attend(self.qkv(h, rope), attention_fn, plan))
         # A norm across heads cannot run inside `project_in`, which sees one head at a time; the rotation can.
         q = paro_jax.arrange(self.query(h), plan=plan, role="q", rope=rope)
         k = paro_jax.arrange(self.key(h), plan=plan, role="k", rope=rope)
         v = paro_jax.project_in(h, *head_weights(self.to_v, self.num_heads), plan=plan, role="v")
-        return self.out(attend_planned(q, k, v, plan))
+        return self.out(attend_arranged(q, k, v, plan))
 
     def to_text(self, h: Array, text: Array) -> Array:
         """Every video token looks at all of the text; `[B, N, C]`, `[B, T, C]` -> `[B, N, C]`."""
         qkv = self.query(h), self.key(text), split_heads(self.to_v(text), self.num_heads)
-        return self.out(attend_dense(qkv, None))
+        return self.out(attend(qkv, None))
 
 
 class Block(nnx.Module):
@@ -225,10 +227,10 @@ class Block(nnx.Module):
         modulation: Array,
         rope: Rope,
         plan: AttentionPlan | None,
-        dense: Dense | None = None,
+        attention_fn: AttentionFn | None = None,
     ) -> Array:
         h, gate = self.modulate(x, modulation, 0)
-        x = (x.astype(jnp.float32) + self.attention.to_self(h, rope, plan, dense) * gate).astype(x.dtype)
+        x = (x.astype(jnp.float32) + self.attention.to_self(h, rope, plan, attention_fn) * gate).astype(x.dtype)
         h = self.norm_cross(x.astype(jnp.float32)).astype(x.dtype)
         x = x + self.cross.to_text(h, text)
         h, gate = self.modulate(x, modulation, 1)
@@ -259,17 +261,21 @@ class Wan(nnx.Module):
         text: Array,
         *,
         plan: AttentionPlan | None = None,
-        dense: Dense | None = None,
+        attention_fn: AttentionFn | None = None,
+        carry: Any = None,
         remat: Remat = False,
         unroll: bool = False,
-    ) -> Array:
+    ) -> Any:
         """Predict.
 
         latents `[B, C, F, H, W]`, timestep `[B]` or one per token `[B, N]` (Wan 2.2 5B), text `[B, T, E]` ->
         `[B, C_out, F, H, W]`, at the dtype of latents and weights. ValueError for inputs or a plan that do not fit: F,
         H, W are multiples of the patch.
-        `plan`: leading axis (sites,) = layers. Without one self-attention is dense: `dense(q, k, v)`, for example
-        `partial(paro_jax.attention, implementation="cudnn")`; by default `paro_jax.attention`.
+        `plan`: leading axis (sites,) = layers. `attention_fn(q, k, v)` computes self-attention in place of
+        `paro_jax.attention`, such as `partial(paro_jax.attention, implementation="cudnn")`; with a plan it is called as
+        `attention_fn(q, k, v, plan=the layer's)`, for masks made from q and k (`paro_jax.policies`). `carry`: what it
+        remembers or is told of each layer, a pytree with leading axis (sites,); it then takes `carry=the layer's` and
+        returns (output, the next carry), and so does the model: (prediction, carry).
         `remat`: True computes blocks again in the backward pass; names out of `layers.NAMES`, such as "attention", all
         of them but what is named; a policy of `jax.checkpoint_policies` what it says. `unroll`: compile each layer by
         itself instead of one for all.
@@ -277,13 +283,15 @@ class Wan(nnx.Module):
         grid, config = self.grid_of(latents, timestep, text), self.config
         if plan is not None:
             check_fits(plan, sites=config.num_layers, heads=config.num_heads, grid=grid)
+        check_carry(carry, attention_fn, config.num_layers)
         x, context, temb = self.enter(latents, timestep, text)
-        x = run_layers(self.blocks, x, context, plan, dense, remat=remat, unroll=unroll)
+        x, after = run_layers(self.blocks, x, context, plan, attention_fn, carry, remat=remat, unroll=unroll)
         table = self.table[...].astype(jnp.float32)[None, None] + temb.astype(jnp.float32)[:, :, None]
         x = self.proj_out((layer_norm(x) * (1 + table[:, :, 1]) + table[:, :, 0]).astype(x.dtype))
         # Pixels come out ordered (frame, row, column, channel), unlike those that go in.
         x = x.reshape(-1, *grid.shape, *config.patch, config.out_channels).transpose(0, 7, 1, 4, 2, 5, 3, 6)
-        return x.reshape(latents.shape[0], config.out_channels, *latents.shape[2:])
+        x = x.reshape(latents.shape[0], config.out_channels, *latents.shape[2:])
+        return x if carry is None else (x, after)
 
     def capture(self, latents: Array, timestep: Array, text: Array) -> Iterator[Heads]:
         """q, k, v `[B, N, heads, D]` of one self-attention after the other, normed and rotated, for `calibrate`.
