@@ -55,10 +55,11 @@ def compensated_attention(
 def _compensated(query, key, value, output, lse, plan: AttentionPlan, scale: float):
     tokens, (bq, bk) = plan.grid.tokens, plan.block
     q, k, v = kernel_order(plan, query=query, key=key, value=value)
-    heard, said = block_tokens(tokens, bq), block_tokens(tokens, bk)
-    q, k, v = (cut(x, b).sum(-2) / n[:, None] for x, b, n in ((q, bq, heard), (k, bk, said), (v, bk, said)))
-    scores = jnp.where(plan.mask().keep, -jnp.inf, scale * dot(q, k) + jnp.log(said))  # [B, heads, nq, nk]
-    skips = ~plan.mask().keep.all(-1, keepdims=True)
+    heard, said = (block_tokens(tokens, size)[None, None, :, None] for size in (bq, bk))
+    q, k, v = (cut(x, size).sum(-2) / n for x, size, n in ((q, bq, heard), (k, bk, said), (v, bk, said)))
+    keep = plan.mask().keep[None]
+    scores = jnp.where(keep, -jnp.inf, scale * dot(q, k) + jnp.log(said).mT)  # [B, heads, nq, nk]
+    skips = ~keep.all(-1, keepdims=True)
     top = jax.lax.stop_gradient(jnp.where(skips, scores.max(-1, keepdims=True), 0))
     weight = jnp.exp(scores - top)
     total = jnp.where(skips, weight.sum(-1, keepdims=True), 1)
