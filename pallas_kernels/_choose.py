@@ -111,9 +111,8 @@ def widths_served(request: Request, widths: Sequence[str], features: Sequence[st
     return None
 
 
-# What a kernel multiplies; and with fp4, which exists as an emulation.
-ALL_WIDTHS = tuple(width for width in WIDTHS if width != "fp4")
-EMULATED_WIDTHS = tuple(WIDTHS)
+ALL_WIDTHS = tuple(WIDTHS)
+KERNEL_WIDTHS = tuple(width for width in WIDTHS if width != "fp4")  # which exists as an emulation alone
 
 # What a recipe may ask for beyond widths and groups that every backend has. A backend names those it serves.
 FEATURES = {

@@ -19,7 +19,7 @@ from pallas_kernels import (
     compile_report,
     interpret,
 )
-from pallas_kernels._check import WIDTHS
+from pallas_kernels._choose import KERNEL_WIDTHS
 from pallas_kernels.arrange import BACKENDS, _lanes, mosaic
 from pallas_kernels.block_attention.hopper import HEAD_DIMS
 from pallas_kernels.workloads import WORKLOADS
@@ -104,7 +104,7 @@ def cases() -> list[Case]:
     every = []
     for role, groups in (("q", ("row", "block")), ("k", ("row", "block")), ("v", ("channel", "block"))):
         for group in groups:
-            for width in WIDTHS:
+            for width in KERNEL_WIDTHS:
                 layouts = ("rows", "hopper") if role == "v" and width != "bf16" else ("rows",)
                 every += [Case(role, width, group, layout) for layout in layouts]
     turns = dict(

@@ -95,8 +95,8 @@ def test_paro_united_with_sparge_is_what_each_layer_does_by_hand():
 
 
 def test_ditfastattn_generates_with_a_whole_model():
-    """Memories of all layers in the sampler's carry, methods of a step beside them; shared steps cost accuracy only."""
-    tiny, steps = TINY["cogvideox"], 4
+    """Memories of all layers in the sampler's carry, the methods of a step beside them, a table of methods traced."""
+    tiny, steps = TINY["cogvideox"], 3
     net, (latents, _, text) = tiny.net(), tiny.inputs()
     grid, shape = tiny.config.grid, (tiny.sites, 2, tiny.config.grid.tokens, 2, tiny.config.head_dim)
     window = policies.window(grid, width=8, block=BLOCK, heads=2)
@@ -116,14 +116,13 @@ def test_ditfastattn_generates_with_a_whole_model():
 
     full = np.full((steps, tiny.sites), policies.Share.FULL, np.int8)
     shared = full.copy()
-    shared[1::2] = policies.Share.WINDOW
+    shared[1] = policies.Share.WINDOW
     dense = ddim(guided(lambda x, t, step: net(x, t, text), 2.0), latents[:1], steps=steps)
     exact, memories = generate(net, latents[:1], full)
     np.testing.assert_allclose(exact, dense, atol=1e-4)
     assert memories.output.shape == shape and np.abs(memories.residual).max() > 0
     near, _ = generate(net, latents[:1], shared)
-    far = ddim(guided(lambda x, t, step: net(x, t, text, plan=plan), 2.0), latents[:1], steps=steps)
-    assert 1e-5 < np.abs(near - dense).max() < np.abs(far - dense).max()
+    assert 1e-5 < np.abs(near - dense).max() < 0.1 * np.abs(dense).max()
 
 
 @pytest.mark.parametrize(

@@ -314,7 +314,7 @@ _INT8 = Problem(qk="int8", pv="int8", mask="random", permuted=False)
         (_changed(q=_q((1, 2, 200, 32), jnp.int8)), r"q: expected float32, .* at width 'bf16', got int8"),
         (_changed(v=_q((1, 2, 200, 32), jnp.bfloat16)), r"q and k and v: expected one dtype .*, bfloat16"),
         (_changed(qk="int8"), r"q: expected int8 at width 'int8', got float32.*arrange"),
-        (_changed(qk="int3"), r"qk: expected one of 'bf16', 'fp8', 'int8', 'int4', got 'int3'"),
+        (_changed(qk="int3"), r"qk: expected one of 'bf16', 'fp8', 'int8', 'int4', 'fp4', got 'int3'"),
         (_changed(p_scale="row"), r"p_scale: expected 'block' or 'running', got 'row'"),
         (_changed(scale=float("nan")), r"scale: expected a finite number, got nan"),
         (_changed(scale=float("inf")), r"scale: expected a finite number, got inf"),

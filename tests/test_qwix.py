@@ -13,6 +13,8 @@ from paro_jax import AttentionPlan, metrics
 from paro_jax.models.cogvideox import CogVideoX, CogVideoXConfig
 
 pytest.importorskip("qwix", reason='needs qwix: pip install "paro_jax[quant]"')
+# qwix 0.1.8 calls what flax 0.12 has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 CONFIG = CogVideoXConfig(
     num_layers=2,

@@ -194,7 +194,7 @@ def test_a_recipe_is_its_method(name, implementation):
     assert np.abs(expected - exact).max() > 1e-4  # it does round
 
 
-@pytest.mark.parametrize("name", ["SageAttention2", "SageAttention3", "FA3 FP8"])
+@pytest.mark.parametrize("name", ["SageAttention2", "FA3 FP8"])
 def test_short_dtypes_and_longer_heads(name):
     """bfloat16 in and out; a head dimension that is no power of two."""
     q, k, v = qkv(dim=48, dtype=jnp.bfloat16)
@@ -210,11 +210,12 @@ def test_short_dtypes_and_longer_heads(name):
 
 def test_which_recipe_is_nearer():
     """Measured relative L1 on inputs with common biases; a recipe of more bits must not be worse than one of fewer."""
-    q, k, v = qkv(heads=4)
-    plan = sparse_plan(heads=4)
+    q, k, v = qkv()
+    plan = sparse_plan()
     exact = attention(q, k, v, plan=plan)
     error = {
-        n: float(metrics.relative_l1(exact, attention(q, k, v, plan=plan, quant=r))) for n, r in recipes.ALL.items()
+        n: float(metrics.relative_l1(exact, attention(q, k, v, plan=plan, quant=r, implementation="xla")))
+        for n, r in recipes.ALL.items()
     }
     assert error["SageAttention"] < error["PARO INT8"] < error["PARO INT4"] < error["naive INT4"]
     assert error["naive INT8"] < error["naive INT4"] / 4 and error["SageAttention2"] < error["naive INT4"]
@@ -277,7 +278,7 @@ def test_the_rotation_is_orthogonal(dim):
 def test_a_rotation_spreads_an_outlier_channel():
     """One channel a hundred times the others: eight bits by block keep nothing of the others unless it is spread."""
     rng = np.random.default_rng(3)
-    q, k, v = (rng.normal(size=(1, GRID.tokens, HEADS, 64)).astype(np.float32) for _ in range(3))
+    q, k, v = (rng.normal(size=(1, GRID.tokens, HEADS, DIM)).astype(np.float32) for _ in range(3))
     q[..., 7] *= 100
     k[..., 7] *= 0.01
     plan = sparse_plan()
@@ -325,7 +326,7 @@ def test_a_large_common_bias_of_v_costs_nothing_when_smoothed(implementation):
     assert error(100.0, False) > 5 * error(100.0, True)
 
 
-@pytest.mark.parametrize("name", ["SageAttention2", "FA3 FP8", "SageAttention3"])
+@pytest.mark.parametrize("name", ["FA3 FP8", "SageAttention3"])
 def test_the_residual_is_that_of_what_came_in(name):
     """Smoothed, turned or shifted by a mean: attention's log-sum-exp knows nothing of it, attend's little."""
     q, k, v = qkv()

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import _fp4, _hadamard, _registers
 from pallas_kernels._check import FLOATS, WIDTHS
-from pallas_kernels._choose import EMULATED_WIDTHS, Request, widths_served
+from pallas_kernels._choose import ALL_WIDTHS, Request, widths_served
 from pallas_kernels.block_attention.hopper import padded_dim
 
 FEATURES = ("thread-groups", "rotation", "q-mean", "v-mean")
@@ -21,7 +21,7 @@ def why_not(request: Request) -> str | None:
     """The oracle serves every width and feature at float32, bfloat16 and float16."""
     if request.dtype not in FLOATS:
         return f"dtype {request.dtype} is not served; it serves {', '.join(FLOATS)}"
-    return widths_served(request, EMULATED_WIDTHS, FEATURES)
+    return widths_served(request, ALL_WIDTHS, FEATURES)
 
 
 def normed(x: jax.Array, norm) -> jax.Array:

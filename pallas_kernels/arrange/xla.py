@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import _hadamard, _permute
 from pallas_kernels._check import FLOATS
-from pallas_kernels._choose import EMULATED_WIDTHS, Request, widths_served
+from pallas_kernels._choose import ALL_WIDTHS, Request, widths_served
 from pallas_kernels.arrange.reference import FEATURES, block_means, laid_out, normed, quantised, rotated
 
 
@@ -19,7 +19,7 @@ def why_not(request: Request) -> str | None:
     """Serves every width, feature and device at float32, bfloat16 and float16."""
     if request.dtype not in FLOATS:
         return f"dtype {request.dtype} is not served; it serves {', '.join(FLOATS)}"
-    return widths_served(request, EMULATED_WIDTHS, FEATURES)
+    return widths_served(request, ALL_WIDTHS, FEATURES)
 
 
 _STATIC = ("role", "width", "group", "block", "compute_mean", "layout", "rotate", "block_mean")

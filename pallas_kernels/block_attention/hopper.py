@@ -25,7 +25,7 @@ from jax import lax
 
 from pallas_kernels import _check, _permute, _registers
 from pallas_kernels._check import FLOATS, WIDTHS
-from pallas_kernels._choose import ALL_WIDTHS, Request, widths_served
+from pallas_kernels._choose import KERNEL_WIDTHS, Request, widths_served
 from pallas_kernels._interpret import interpreted_device, interpreter_would_hang
 from pallas_kernels._registers import MAGIC, MAGIC_BITS
 from pallas_kernels.block_attention.reference import token_scales
@@ -73,7 +73,7 @@ def why_not_here(request: Request) -> str | None:
     """What keeps any kernel for sm_90 from a request: its device, its widths, its dtype."""
     if request.device != "sm_90":
         return f"device {request.device} is not sm_90 (H100, H200); pallas_kernels.interpret() stands for one on a CPU"
-    if reason := widths_served(request, ALL_WIDTHS):
+    if reason := widths_served(request, KERNEL_WIDTHS):
         return reason
     if request.dtype not in FLOATS:
         return f"dtype {request.dtype} is not served; it serves {', '.join(FLOATS)}"

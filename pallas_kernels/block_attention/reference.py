@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import _fp4
 from pallas_kernels._check import FLOATS, WIDTHS
-from pallas_kernels._choose import EMULATED_WIDTHS, Request, widths_served
+from pallas_kernels._choose import ALL_WIDTHS, Request, widths_served
 
 FEATURES = ("delta",)
 
@@ -23,7 +23,7 @@ def why_not(request: Request) -> str | None:
     """The oracle serves every width at float32, bfloat16 and float16, wherever integers stay exact in float32."""
     if request.dtype not in FLOATS:
         return f"dtype {request.dtype} is not served; it serves {', '.join(FLOATS)}"
-    return widths_served(request, EMULATED_WIDTHS, FEATURES) or foreign(request) or inexact(request)
+    return widths_served(request, ALL_WIDTHS, FEATURES) or foreign(request) or inexact(request)
 
 
 def foreign(request: Request) -> str | None:

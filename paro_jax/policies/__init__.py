@@ -1,10 +1,16 @@
 """Who keeps which blocks: pure functions that return a `BlockMask`.
 
 A policy has no state and no registry; one of yours has the same rank as these. `plan.with_mask(policy(...))` brings a
-mask to attention, `plan.mask() & policy(...)` and `plan.mask() | policy(...)` both: PARO with a dynamic mask is
+mask to attention, `plan.mask() & policy(...)` and `plan.mask() | policy(...)` both: PARO with a dynamic mask, here in
+every layer of a model, which hands over its q, k, v and its part of the plan, is
 
-    mask = plan.mask() | sparge(q, k, plan=plan, topk=0.1)
-    out = masked_attention(q, k, v, mask, plan=plan)
+    def united(q, k, v, *, plan):
+        mask = plan.mask() | sparge(q, k, plan=plan, topk=0.1)
+        return masked_attention(q, k, v, mask, plan=plan)
+
+    net(latents, timestep, text, plan=plan, attention_fn=united)
+
+What differs by layer beyond the plan (tuned knobs, a random key, what was remembered) is the model's `carry`.
 
 | policy | what decides | order |
 |---|---|---|

@@ -1,18 +1,17 @@
 """DiTFastAttn (arXiv 2406.08552): what a step may reuse of the step before, and of the other half of guidance.
 
 The window alone is `window(grid, width=...)`, a mask like any other. The rest needs memory between steps, which is a
-value here: `shared_attention` takes a layer's memory and returns the next. Stack it over layers and scan:
+value here: `shared_attention` takes a layer's memory and returns the next. A model hands each layer its own, a sampler
+carries them all from step to step:
 
-    def layer(x, per_layer):
-        weights, memory, method = per_layer
-        q, k, v = heads(weights, x)
-        o, memory = shared_attention(q, k, v, memory, method, window=window_plan)
-        return x + project(weights, o), memory
+    def attention_fn(q, k, v, *, plan, carry):
+        memory, method = carry
+        return shared_attention(q, k, v, memory, method, window=plan)
 
-    def predict(x, timestep, step, memories):  # memories and methods have a leading axis of layers
-        return jax.lax.scan(layer, x, (weights, memories, methods[step]))
+    def predict(x, timestep, step, memories):  # the plan of windows, memories and methods[step]: one for each layer
+        return net(x, timestep, text, plan=plan, attention_fn=attention_fn, carry=(memories, methods[step]))
 
-    latents, _ = ddim(guided(predict, 6.0), noise, steps=50, carry=memories)
+    latents, _ = ddim(guided(predict, 6.0), noise, steps=50, carry=Memory.empty((layers, 2, N, heads, D)))
 """
 
 import enum
