@@ -57,22 +57,21 @@ def mask(
     threshold is the least that keeps the density at or under `density`. Equal blocks are kept or skipped together.
 
     `always` [nq, nk] comes first, with the heaviest block of each row that has none of those. Next, while the budget
-    lasts, the heaviest block of every other row: a query that sees only text is worse than its mass tells ("error"
-    knows how much worse, and goes by that). A threshold above 1 says that the budget ended there. "row" splits what the
-    always dense rows leave evenly; the few blocks that are left over go to the rows whose next block is heaviest, one
-    each.
+    lasts, the heaviest block of every other row: a query that sees only text is worse than its mass tells.
+    A threshold above 1 (above the largest gain) says that the budget ended there. "row" splits what the always dense
+    rows leave evenly; the few blocks that are left over go to the rows whose next block is heaviest, one each.
     """
     heads, (nq, nk) = share.shape[:-2], share.shape[-2:]
+    value, top = np.array(share, np.float32), np.float32(1)  # shares are at most 1
     if rule == "error":
         assert errors is not None
-        value, lift = gains(share, errors, always), np.float32(0)
-    else:
-        value, lift = np.array(share, np.float32), np.float32(1)
-    # Three tiers in one number: infinity is kept anyway, a row's heaviest block stands above all shares (at most 1).
+        value = gains(share, errors, always)
+        top = value.max(initial=0, where=np.isfinite(value))
+    # Three tiers in one number: infinity is kept anyway, a row's best block stands above all others.
     for index in np.ndindex(heads):
         one = value[index]
         heaviest = np.argmax(np.where(always, -1, one), axis=-1)[:, None]
-        raised = np.take_along_axis(one, heaviest, -1) + lift
+        raised = np.take_along_axis(one, heaviest, -1) + top
         np.put_along_axis(one, heaviest, np.where(always.any(1)[:, None], raised, np.float32(np.inf)), -1)
         one[always] = np.inf
     if rule in ("global", "error"):
