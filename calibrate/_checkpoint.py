@@ -13,7 +13,7 @@ import numpy as np
 from calibrate._score import Task
 from paro_jax import _files
 
-_FORMAT = "paro_jax calibration checkpoint 2"
+_FORMAT = "paro_jax calibration checkpoint 3"
 _EVERY = 30.0  # seconds between two saves; a save may also take no more than a twentieth of the time
 
 
@@ -43,7 +43,8 @@ class State:
     """Everything that calibration remembers of the samples it saw.
 
     `digests`: one number per sample, of the first pass. `errors` {(bucket, site): float64 [densities, orders,
-    heads]}; `mass` {(density, bucket, site): float32 [heads, nq, nk]}; `k` {(bucket, site): float64 [heads, D]}.
+    heads]}; `mass` {(density, bucket, site): float32 [heads, nq, nk]}, and `block_errors` alike, which only the rule
+    "error" fills; `k` {(bucket, site): float64 [heads, D]}.
     `passed`: samples that the orders pass and the mass pass have behind them.
     """
 
@@ -52,6 +53,7 @@ class State:
     finished: dict[str, bool] = field(default_factory=lambda: {"orders": False, "mass": False})
     errors: Sums = field(default_factory=dict)
     mass: Sums = field(default_factory=dict)
+    block_errors: Sums = field(default_factory=dict)
     k: Sums = field(default_factory=dict)
 
 
@@ -129,7 +131,7 @@ class Checkpoint:
 
     def _write(self, path: Path, state: State) -> None:
         arrays, index = {}, {}
-        for part in ("errors", "mass", "k"):
+        for part in ("errors", "mass", "block_errors", "k"):
             for key, entry in getattr(state, part).items():
                 name = f"a{len(arrays)}"
                 arrays[name], index[name] = entry.total, [part, *key, entry.count]

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-Rule = Literal["global", "head", "row"]
+Rule = Literal["global", "head", "row", "error"]
 RULES: tuple[str, ...] = get_args(Rule)
 TIE = 1e-6  # orders whose scores differ less are equal; the first one wins, and model order is free
 _CHUNK = 1 << 26  # values compared at a time
@@ -46,29 +46,35 @@ def kept_mass(mass: np.ndarray, keep: np.ndarray) -> np.ndarray:
     return np.where(keep, mass, 0).sum((-2, -1), dtype=np.float64) / mass.sum((-2, -1), dtype=np.float64)
 
 
-def mask(share: np.ndarray, always: np.ndarray, density: float, rule: str = "global") -> tuple[np.ndarray, np.ndarray]:
+def mask(
+    share: np.ndarray, always: np.ndarray, density: float, rule: str = "global", errors: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Which blocks are kept: bool [..., heads, nq, nk], and the threshold that decided, float32.
 
     share: float32 [..., heads, nq, nk], >= 0, attention mass of a block over the rows of its query block (s_ij, rows
     sum to 1). Kept are the blocks whose share reaches a threshold, one for everything ("global"), one per head or one
-    per row; the threshold is the least that keeps the density at or under `density`. Blocks of equal share are kept or
-    skipped together.
+    per row; or whose `gains`, to which `errors` [..., heads, nq, nk] belong, reach one for everything ("error"). The
+    threshold is the least that keeps the density at or under `density`. Equal blocks are kept or skipped together.
 
     `always` [nq, nk] comes first, with the heaviest block of each row that has none of those. Next, while the budget
     lasts, the heaviest block of every other row: a query that sees only text is worse than its mass tells.
-    A threshold above 1 says that the budget ended there. "row" splits what the always dense rows leave evenly;
-    the few blocks that are left over go to the rows whose next block is heaviest, one each.
+    A threshold above 1 (above the largest gain) says that the budget ended there. "row" splits what the always dense
+    rows leave evenly; the few blocks that are left over go to the rows whose next block is heaviest, one each.
     """
     heads, (nq, nk) = share.shape[:-2], share.shape[-2:]
-    # Three tiers in one number: infinity is kept anyway, a row's heaviest block stands above all shares (at most 1).
-    value = np.array(share, np.float32)
+    value, top = np.array(share, np.float32), np.float32(1)  # shares are at most 1
+    if rule == "error":
+        assert errors is not None
+        value = gains(share, errors, always)
+        top = value.max(initial=0, where=np.isfinite(value))
+    # Three tiers in one number: infinity is kept anyway, a row's best block stands above all others.
     for index in np.ndindex(heads):
         one = value[index]
         heaviest = np.argmax(np.where(always, -1, one), axis=-1)[:, None]
-        raised = np.take_along_axis(one, heaviest, -1) + np.float32(1)
+        raised = np.take_along_axis(one, heaviest, -1) + top
         np.put_along_axis(one, heaviest, np.where(always.any(1)[:, None], raised, np.float32(np.inf)), -1)
         one[always] = np.inf
-    if rule == "global":
+    if rule in ("global", "error"):
         groups, budget = value.reshape(1, -1), np.array([budget_of(density, value.size)])
     elif rule == "head":
         groups = value.reshape(-1, nq * nk)
@@ -79,9 +85,38 @@ def mask(share: np.ndarray, always: np.ndarray, density: float, rule: str = "glo
     else:
         raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}; got {rule!r}.")
     threshold = _threshold(groups, budget)
-    shape = {"global": (), "head": heads, "row": (*heads, nq)}[rule]
+    shape = {"head": heads, "row": (*heads, nq)}.get(rule, ())
     threshold = threshold.reshape(shape)
     return value >= (threshold[..., None, None] if rule != "row" else threshold[..., None]), threshold
+
+
+def gains(share: np.ndarray, errors: np.ndarray, always: np.ndarray) -> np.ndarray:
+    """float32 [..., nq, nk] >= 0: how much of the output's squared error keeping each block saves.
+
+    When the blocks S leave the softmax and the rest is renormalised, the output o_r of a query r changes by exactly
+
+        -sum_{c in S} P_rc (v_c - o_r) / (1 - sum_{c in S} P_rc)
+
+    Over a row of blocks, with the parts of different blocks taken as independent, that is a squared error of
+
+        e_i(S) = sum_{j in S} E_ij / (1 - sum_{j in S} s_ij)^2
+
+    with E = `errors` [..., nq, nk] (`_mass.block_errors`) and s = `share`. Blocks join a row in the sequence of falling
+    E, after what is always kept; the gain of one is by how much e_i then falls, and at most that of the one before. So
+    the blocks above one threshold are the first few of each row, those that save most: the least total error that the
+    budget can buy. The denominator is what makes a starved row dear. Infinity for what is kept anyway.
+    """
+    found = np.empty(share.shape, np.float32)
+    for index in np.ndindex(share.shape[:-2]):
+        order = np.argsort(np.where(always, -np.inf, -errors[index]), axis=-1, kind="stable")
+        s, e = (np.take_along_axis(x[index], order, -1).astype(np.float64) for x in (share, errors))
+        kept = np.maximum(np.cumsum(s, -1), 1e-6)  # 1 - the share of S; what has no weight is of no use either
+        left = np.maximum(e.sum(-1, keepdims=True) - np.cumsum(e, -1), 0) / kept**2
+        gain = np.full(left.shape, np.inf)
+        gain[:, 1:] = np.maximum(left[:, :-1] - left[:, 1:], 0)
+        gain[np.take_along_axis(always, order, -1)] = np.inf
+        np.put_along_axis(found[index], order, np.minimum.accumulate(gain, -1).astype(np.float32), -1)
+    return found
 
 
 def _row_budgets(value: np.ndarray, dense: np.ndarray, budget: int) -> np.ndarray:

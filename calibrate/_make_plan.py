@@ -34,6 +34,7 @@ def make_plan(
     progress: bool = True,
     checkpoint: str | os.PathLike | None = None,
     rule: str = "global",
+    text_columns: str = "keep",
 ) -> tuple[AttentionPlan, _report.Report]:
     """Decide every head's order and every (bucket, head)'s mask from samples of its attention.
 
@@ -61,7 +62,10 @@ def make_plan(
         made.
       rule: where the budget is shared. "global": one threshold for all buckets, sites and heads. "head": `density` for
         each head. "row": the same number of blocks in each row of query blocks, but for one more in some, so that each
-        head has `density`.
+        head has `density`. "error": where it saves most of the output's squared error, as the samples' v tell it; total
+        of the relative errors of all sites and buckets. It costs one more attention per sample and needs v.
+      text_columns: "keep" all of them, as the paper does, or let them compete like any other block, "sparse": the text
+        queries stay dense. For a model with much text, whose density cannot fall far otherwise.
 
     Returns:
       The plan, with leading axes (sites,) for one bucket and (buckets, sites) for several, and its `Report`.
@@ -69,7 +73,7 @@ def make_plan(
     Raises:
       ValueError: an argument of these, or a sample, is not as said here; the message names it.
     """
-    task = check_settings(grid, [density], block, objective, orders, quant, bucket_edges, rule)
+    task = check_settings(grid, [density], block, objective, orders, quant, bucket_edges, rule, text_columns)
     return _calibrate(samples, task, heldout, progress, checkpoint, False)[0]
 
 
@@ -87,6 +91,7 @@ def make_plans(
     progress: bool = True,
     checkpoint: str | os.PathLike | None = None,
     rule: str = "global",
+    text_columns: str = "keep",
     keep_checkpoint: bool = False,
 ) -> list[tuple[AttentionPlan, _report.Report]]:
     """`make_plan` for each of several densities, for about the price of one: the samples are looked at together.
@@ -99,7 +104,7 @@ def make_plans(
     given = None if isinstance(densities, str) else _as_tuple(densities)
     if not given:
         raise ValueError(f"densities must be a sequence of at least one density, e.g. (0.5, 0.3); got {densities!r}.")
-    task = check_settings(grid, given, block, objective, orders, quant, bucket_edges, rule)
+    task = check_settings(grid, given, block, objective, orders, quant, bucket_edges, rule, text_columns)
     return _calibrate(samples, task, heldout, progress, checkpoint, keep_checkpoint)
 
 
@@ -131,7 +136,10 @@ def _calibrate(
     start = time.perf_counter()
     file = Checkpoint(checkpoint, task)
     state = file.load()
-    work = {"orders": (len(task.orders) + 1 if len(task.orders) > 1 else 0, samples), "mass": (2, samples)}
+    work = {
+        "orders": (len(task.orders) + 1 if len(task.orders) > 1 else 0, samples),
+        "mass": (4 if task.rule == "error" else 2, samples),
+    }
     if heldout is not None:
         work["heldout"] = (6 * len(task.densities), heldout)
     with _Bar(progress, work, state.passed) as bar:
@@ -154,7 +162,9 @@ def _as_tuple(x: Any) -> tuple | None:
     return tuple(x) if isinstance(x, Iterable) else None
 
 
-def check_settings(grid, densities, block, objective, orders, quant, bucket_edges, rule="global") -> Task:
+def check_settings(
+    grid, densities, block, objective, orders, quant, bucket_edges, rule="global", text_columns="keep"
+) -> Task:
     """The arguments of `make_plans`, validated: known to be right before a model has run to make its samples."""
     for name, value, kind in (("grid", grid, TokenGrid), ("quant", quant, QuantSpec)):
         if not isinstance(value, kind):
@@ -170,6 +180,9 @@ def check_settings(grid, densities, block, objective, orders, quant, bucket_edge
         raise ValueError(f"objective must be one of {allowed}, or a calibrate.ParoMetric; got {objective!r}.")
     if rule not in _choose.RULES:
         raise ValueError(f"rule must be one of {', '.join(map(repr, _choose.RULES))}; got {rule!r}.")
+    if text_columns not in _score.TEXT_COLUMNS:
+        allowed = ", ".join(map(repr, _score.TEXT_COLUMNS))
+        raise ValueError(f"text_columns must be one of {allowed}; got {text_columns!r}.")
     given, orders = orders, None if orders is None or isinstance(orders, str) else _as_tuple(orders)
     if given is not None and not orders:
         raise ValueError(
@@ -178,17 +191,20 @@ def check_settings(grid, densities, block, objective, orders, quant, bucket_edge
         )
     ids = range(len(grid.orders)) if orders is None else sorted(set(map(grid.order_id, orders)))
     densities, density = tuple(map(float, densities)), float(min(densities))
-    always = grid.always_keep(block)
+    always = grid.always_keep(block, columns=text_columns == "keep")
     floor, blocks = _choose.floor_blocks(always), nq * nk
     if _choose.budget_of(density, blocks) < floor:
+        kept = "text rows and columns" if text_columns == "keep" else "text rows"
         raise ValueError(
             f"density must be at least {floor / blocks:.4f} here: {floor} of a head's {nq} x {nk} blocks of "
-            f"{tuple(block)} tokens are always kept (text rows and columns, one block a row); got {density}, which is "
-            f"{_choose.budget_of(density, blocks)} blocks. Raise the density or use smaller blocks."
+            f"{tuple(block)} tokens are always kept ({kept}, one block a row); got {density}, which is "
+            f"{_choose.budget_of(density, blocks)} blocks. Raise the density or use smaller blocks"
+            + (', or text_columns="sparse".' if text_columns == "keep" and grid.text else ".")
         )
     names = tuple(grid.orders[i] for i in ids)
     edges = _capture.check_edges(bucket_edges)
-    return Task(grid, (int(block[0]), int(block[1])), densities, names, objective, quant, edges, rule)
+    tiles = int(block[0]), int(block[1])
+    return Task(grid, tiles, densities, names, objective, quant, edges, rule, text_columns)
 
 
 def _decide_orders(run: _Run) -> Names:
@@ -209,12 +225,14 @@ def _decide_orders(run: _Run) -> Names:
 def _count_mass(task: Task, names: Names, state: State) -> Callable[[Checked], Parts]:
     def count(sample: Checked) -> Parts:
         parts: Parts = [(state.k, (sample.bucket, sample.site), np.asarray(_mass.token_mean(sample.k), np.float64))]
-        seen: dict[tuple[str, ...], np.ndarray] = {}
+        seen: dict[tuple[str, ...], Parts] = {}
         for density in range(len(task.densities)):
             chosen = tuple(names(density, sample.site, sample.q.shape[2]))
             if chosen not in seen:  # most densities agree
-                seen[chosen] = _score.chosen_mass(task, sample, chosen)
-            parts.append((state.mass, (density, sample.bucket, sample.site), seen[chosen]))
+                seen[chosen] = [(state.mass, (), _score.chosen_mass(task, sample, chosen))]
+                if task.rule == "error":
+                    seen[chosen].append((state.block_errors, (), _score.block_errors(task, sample, chosen)))
+            parts.extend((sums, (density, sample.bucket, sample.site), x) for sums, _, x in seen[chosen])
         return parts
 
     return count
@@ -303,9 +321,12 @@ def _build(task: Task, density: int, names: Names, state: State) -> tuple[Attent
     sites = 1 + max(site for _, site in state.k)
     one = state.mass[density, 0, 0].total
     share = np.empty((buckets, sites, *one.shape), np.float32)  # gigabytes for a large model: one array, filled
+    errors = np.empty_like(share) if task.rule == "error" else None
     for bucket, site in np.ndindex(buckets, sites):
         share[bucket, site] = _score.share(task, state.mass[density, bucket, site].mean)
-    keep, threshold = _choose.mask(share, task.always, task.densities[density], task.rule)
+        if errors is not None:
+            errors[bucket, site] = state.block_errors[density, bucket, site].mean
+    keep, threshold = _choose.mask(share, task.always, task.densities[density], task.rule, errors)
     order = [names(density, site, len(one)) for site in range(sites)]
     k_mean = np.broadcast_to(
         np.stack([_checkpoint.over_buckets(state.k, site) for site in range(sites)]).astype(np.float32),

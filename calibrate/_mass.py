@@ -145,6 +145,45 @@ def block_peaks(
     return jnp.mean(blocks, (1, 2, 3)), jnp.mean(even, (1, 2))
 
 
+@functools.partial(jax.jit, static_argnames="block")
+def block_errors(
+    q: jax.Array, k: jax.Array, v: jax.Array, lse: jax.Array, slots: jax.Array, *, block: tuple[int, int]
+) -> tuple[jax.Array, jax.Array]:
+    """What skipping a block does to the output: float32 [heads, nq, nk], averaged over the batch.
+
+    E_ij = sum over the queries r of block i of |sum_c P_rc (v_c - o_r)|^2, c the keys of block j and o_r the dense
+    output: the squared error of the output when block j alone is skipped, but for the renormalisation. Arguments as
+    `block_sums`, v like q. Also the squared norm of the output, float32 [heads], averaged over the batch.
+    """
+    bq, bk = block
+    tokens = slots.shape[-1]
+    nq, nk = -(-tokens // bq), -(-tokens // bk)
+    rows = bq * min(max(1, _STRIP_ROWS // bq), nq)
+
+    def head(q, k, v, lse, slots):
+        q, k, v, lse = (jnp.take(x, slots, axis=0, unique_indices=True, mode="clip") for x in (q, k, v, lse))
+        k, v = (jnp.pad(x, ((0, nk * bk - tokens), (0, 0))) for x in (k, v))
+        v = v.reshape(nk, bk, -1)
+        real = jnp.arange(nk * bk) < tokens
+
+        def strip(args):
+            rows, lse = args
+            p = jnp.where(real[None], jnp.exp2(_dot(rows, k) - lse[:, None]), 0).reshape(-1, nk, bk)
+            parts = jnp.einsum("rjc,jcd->rjd", p, v, precision=jax.lax.Precision.HIGHEST)
+            output = parts.sum(1)
+            lost = parts - p.sum(-1)[..., None] * output[:, None]
+            return (lost * lost).sum(-1).reshape(-1, bq, nk).sum(1), (output * output).sum()
+
+        errors, size = jax.lax.map(strip, (_cut(q, rows), _cut(lse, rows, jnp.inf)))
+        return errors.reshape(-1, nk)[:nq], size.sum()
+
+    def batch(q, k, v, lse, slots):
+        return _each(lambda q, k, v, lse: head(q, k, v, lse, slots), q, k, v, lse)
+
+    errors, size = _each(batch, _queries(q), _by_head(k), _by_head(v), lse, jnp.asarray(slots))
+    return jnp.mean(errors, 1), jnp.mean(size, 1)
+
+
 @jax.jit
 def finite(x: jax.Array) -> jax.Array:
     """True when no element is NaN or infinite."""

@@ -13,6 +13,7 @@ from calibrate._capture import Checked
 from paro_jax import AttentionPlan, BlockMask, QuantSpec, TokenGrid
 
 OBJECTIVES = ("mass", "paro", "error")
+TEXT_COLUMNS = ("keep", "sparse")
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,11 @@ class Task:
     quant: QuantSpec
     bucket_edges: tuple[float, ...]
     rule: str
+    text_columns: str = "keep"
 
     @property
     def always(self) -> np.ndarray:
-        return self.grid.always_keep(self.block)
+        return self.grid.always_keep(self.block, columns=self.text_columns == "keep")
 
 
 def errors(task: Task, sample: Checked) -> np.ndarray:
@@ -82,6 +84,19 @@ def chosen_mass(task: Task, sample: Checked, names: Sequence[str], lse: jax.Arra
     lse = _row_lse(sample) if lse is None else lse
     slots = _mass.head_slots(task.grid, names)
     return np.asarray(_mass.block_sums(sample.q, sample.k, lse, slots, block=task.block))
+
+
+def block_errors(task: Task, sample: Checked, names: Sequence[str], lse: jax.Array | None = None) -> np.ndarray:
+    """float32 [heads, nq, nk]: squared error of the output when a block is skipped, over the site's squared output.
+
+    Relative to the site and not to the head: a projection mixes the heads of a site, so what is small stays small.
+    """
+    if sample.v is None:
+        raise ValueError(f'rule "error" needs v in every sample; {sample.name} has none. Record v, or use rule="row".')
+    lse = _row_lse(sample) if lse is None else lse
+    slots = _mass.head_slots(task.grid, names)
+    errors, size = _mass.block_errors(sample.q, sample.k, sample.v, lse, slots, block=task.block)
+    return np.asarray(errors) / max(np.asarray(size).sum(), np.finfo(np.float32).tiny)
 
 
 def incoherence(task: Task, sample: Checked, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

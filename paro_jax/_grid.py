@@ -141,16 +141,17 @@ class TokenGrid:
         starts = np.arange(0, self.tokens, size)
         return np.minimum(size, self.tokens - starts).astype(np.int32)
 
-    def always_keep(self, block: tuple[int, int]) -> np.ndarray:
+    def always_keep(self, block: tuple[int, int], *, columns: bool = True) -> np.ndarray:
         """bool [nq, nk]: True in every row and column whose block holds text. All False without text.
 
-        Text is dense in the paper as well: it is a few blocks and attends everywhere.
+        Text is dense in the paper as well: it is a few blocks and attends everywhere. `columns` False: in every row
+        only; the text sees everything, but what sees the text is then to be decided like the rest.
         """
         bq, bk = check_block(block)
         nq, nk = self.blocks(block)
         rows = (np.arange(nq) + 1) * bq > self.grid_tokens
-        columns = (np.arange(nk) + 1) * bk > self.grid_tokens
-        return (rows[:, None] | columns[None, :]) & (self.text > 0)
+        seen = ((np.arange(nk) + 1) * bk > self.grid_tokens) & columns
+        return (rows[:, None] | seen[None, :]) & (self.text > 0)
 
 
 def _grid_order(grid: TokenGrid, order_id: int) -> np.ndarray:

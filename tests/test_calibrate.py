@@ -218,6 +218,42 @@ def test_density_on_odd_grids(grid, rule):
     assert report.summary["density"] == pytest.approx(kept.mean())
 
 
+def test_the_error_rule_gives_nothing_to_a_head_that_cannot_lose():
+    """All values of head 0 are alike: its output is the same whatever it attends to. The others have the budget."""
+    grid, always = ODD_GRIDS[0], ODD_GRIDS[0].always_keep((32, 16))
+    given = [sample(s, step, grid=grid, heads=3) for s in range(2) for step in (0.1, 0.6)]
+    for one in given:
+        one.v[:, :, 0] = 1
+    plan, report = make(given, grid, density=0.55, block=(32, 16), rule="error", bucket_edges=(0, 0.5, 1))
+    kept = keep(plan)
+    assert kept[..., always].all() and (kept[:, :, 0, ~always.all(1)].sum(-1) == 2).all()  # text and one block more
+    assert (kept[:, :, 1:].sum(-1) > 2).all()
+    assert 0.55 * kept.size - 2 < kept.sum() <= 0.55 * kept.size  # no two blocks of random data are equal
+    assert report.summary["threshold"] == report.rows[0]["threshold"] > 0
+    with pytest.raises(ValueError, match=r'rule "error" needs v in every sample; site 0, step 0\.1 .* has none'):
+        make(samples(v=False), rule="error")
+
+
+def test_text_columns_compete_like_others():
+    """Image queries that never look at the text: their budget goes to the image, and the density can be lower."""
+    grid, block = TokenGrid((8, 16), text=64), (16, 16)
+    given = sample(grid=grid, heads=1)
+    given.q[..., 0], given.k[..., 0] = 8, 0
+    given.k[:, :64, :, 0] = -20  # text is first in model order
+    plan, report = make([given], grid, density=0.42, block=block, text_columns="sparse")
+    kept = keep(plan)[0, 0]
+    assert kept[8:].all() and not kept[:8, 8:].any() and kept[:8].any(1).all()
+    assert report.summary["density_floor"] == (4 * 12 + 8) / 144
+    with pytest.raises(ValueError, match=r"at least 0\.5556 here: 80 .*text rows and columns.*text_columns=.sparse"):
+        make([given], grid, density=0.42, block=block)
+    with pytest.raises(
+        ValueError, match=r"at least 0\.3889 here: 56 .*\(text rows, one block a row\).*smaller blocks\.$"
+    ):
+        make([given], grid, density=0.3, block=block, text_columns="sparse")
+    with pytest.raises(ValueError, match="text_columns must be one of 'keep', 'sparse'; got 'drop'"):
+        make([given], grid, block=block, text_columns="drop")
+
+
 def test_the_mask_is_that_of_the_mean_mass():
     """Two prompts, two buckets: mean of block mass in the chosen order, one threshold for all."""
     given = samples(prompts=2)

@@ -1,5 +1,7 @@
 """Which order, which blocks: the decisions against brute force."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -85,7 +87,7 @@ def test_the_other_rules_and_what_is_always_kept(problem):
             for i in np.flatnonzero(free):
                 np.testing.assert_array_equal(by_row[index][i], kept_of(value[index][i], row + (i in more)))
     for rule in _choose.RULES:
-        keep, _ = _choose.mask(share, always, density, rule)
+        keep, _ = _choose.mask(share, always, density, rule, share**2)
         assert keep[..., always].all()
         assert keep.any(-1).all()
         assert keep.mean() <= density + 1e-6
@@ -155,6 +157,39 @@ def test_the_floor_of_real_models(grid, block, floor):
     assert _choose.floor_blocks(grid.always_keep(block)) == floor
 
 
+def predicted(share, errors, keep):
+    """Sum over rows of e_i(S), the squared error that keeping `keep` is predicted to leave."""
+    lost = np.where(keep, 0, errors).sum(-1, dtype=np.float64)
+    return (lost / np.where(keep, share, 0).sum(-1, dtype=np.float64) ** 2).sum()
+
+
+def test_the_error_rule_leaves_the_least_predicted_error():
+    """Against every other way to share the budget between rows, each of which keeps its first few."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        share = -np.sort(-(rng.random((1, 2, 2, 4)) ** 3), axis=-1)
+        share = (share / share.sum(-1, keepdims=True)).astype(np.float32)
+        errors = (share**2 * rng.uniform(0.1, 10, (1, 2, 2, 1))).astype(np.float32)
+        keep, _ = _choose.mask(share, np.zeros((2, 4), bool), 0.6, "error", errors)
+        counts = [c for c in itertools.product(range(1, 5), repeat=4) if sum(c) == keep.sum()]
+        others = [(np.arange(4) < np.reshape(c, (1, 2, 2, 1))) for c in counts]
+        assert keep.sum() == 9
+        assert predicted(share, errors, keep) <= min(predicted(share, errors, other) for other in others) * (1 + 1e-6)
+
+
+def test_the_error_rule_feeds_a_starved_row_and_spares_what_does_not_matter():
+    """Head 0 says the same whatever it attends to; head 1 has a row whose every block is lighter than all others."""
+    share = np.empty((1, 2, 4, 8), np.float32)
+    share[:] = [0.2] * 4 + [0.05] * 4
+    share[0, 1, 0] = 1 / 8
+    errors = share**2
+    errors[0, 0] = 0
+    always = np.zeros((4, 8), bool)
+    keep, _ = _choose.mask(share, always, 24 / 64, "error", errors)
+    assert keep.sum(-1).tolist() == [[[1, 1, 1, 1], [8, 4, 4, 4]]]
+    assert _choose.mask(share, always, 24 / 64)[0][0, 1, 0].sum() == 1
+
+
 def test_retained_mass_is_the_best_a_budget_can_hold():
     rng = np.random.default_rng(0)
     grid = TokenGrid((5, 6, 7), text=20)
@@ -173,5 +208,5 @@ def test_orders_within_a_millionth_are_equal():
 
 
 def test_an_unknown_rule():
-    with pytest.raises(ValueError, match="rule must be one of 'global', 'head', 'row'; got 'columns'"):
+    with pytest.raises(ValueError, match="rule must be one of 'global', 'head', 'row', 'error'; got 'columns'"):
         _choose.mask(np.ones((1, 1, 2, 2), np.float32), np.zeros((2, 2), bool), 1.0, "columns")

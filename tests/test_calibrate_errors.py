@@ -82,7 +82,7 @@ BAD_ARGUMENTS = {
     "orders a string": ({"orders": "FHW"}, "orders must be a sequence .*got 'FHW'"),
     "orders a number": ({"orders": 5}, "orders must be a sequence .*got 5"),
     "orders of numbers": ({"orders": [1]}, "order must be one of FHW, .*got 1"),
-    "rule": ({"rule": "columns"}, "rule must be one of 'global', 'head', 'row'; got 'columns'"),
+    "rule": ({"rule": "columns"}, "rule must be one of 'global', 'head', 'row', 'error'; got 'columns'"),
     "edges": (
         {"bucket_edges": (0, 0.7, 0.5, 1)},
         r"bucket_edges must increase from 0\.0 to 1\.0.*got \(0, 0\.7, 0\.5, 1\)",

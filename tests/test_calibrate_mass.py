@@ -227,3 +227,24 @@ def test_reordering_lowers_the_incoherence_of_blocks_and_leaves_that_of_rows():
     assert (after["block"] < 0.6 * before["block"]).all() and (after["block"] < after["row"]).all()
     with pytest.raises(ValueError, match="'XYZ'"):
         calibrate.incoherence(q, k, grid, "XYZ")
+
+
+@pytest.mark.parametrize("name", [*list(GRIDS)[:2], "block larger than strip"])
+def test_the_error_of_a_skipped_block_is_that_of_the_held_map(name):
+    """E_ij sums the squared changes of each query's output when j alone is skipped, times the weight that is left."""
+    grid, (bq, bk) = GRIDS[name]
+    q, k, v = qkv(grid, batch=2)
+    slots = np.stack([grid.index(order) for order in (grid.orders * 2)[:2]])
+    errors, size = _mass.block_errors(q, k, v, _mass.row_lse(q, k), slots, block=(bq, bk))
+    p = np.stack([x[:, s][..., s] for x, s in zip(full_map(q, k), slots, strict=True)])
+    value = np.stack([x[:, s] for x, s in zip(v.astype(np.float64).transpose(2, 0, 1, 3), slots, strict=True)])
+    dense = p @ value
+    np.testing.assert_allclose(size, (dense**2).sum((-1, -2)).mean(1), rtol=1e-5)
+    expected = np.zeros(errors.shape)
+    for j in range(expected.shape[-1]):
+        rest = p.copy()
+        rest[..., j * bk : (j + 1) * bk] = 0
+        kept = rest.sum(-1, keepdims=True)
+        change = (kept * (rest @ value / np.where(kept > 0, kept, 1) - dense) ** 2 * kept).sum(-1).mean(1)
+        expected[..., j] = np.add.reduceat(change, range(0, grid.tokens, bq), axis=-1)
+    np.testing.assert_allclose(errors, expected, rtol=1e-4, atol=1e-6 * expected.max())

@@ -174,7 +174,7 @@ def test_a_damaged_checkpoint(tmp_path, damage):
 def test_a_checkpoint_of_another_format(tmp_path):
     path = tmp_path / "state.npz"
     np.savez(path, header=np.array(json.dumps({"format": "paro_jax calibration checkpoint 9"})))
-    with pytest.raises(ValueError, match="expected 'paro_jax calibration checkpoint 2', found '.* 9'"):
+    with pytest.raises(ValueError, match="expected 'paro_jax calibration checkpoint 3', found '.* 9'"):
         make(checkpoint=path)
 
 

@@ -46,6 +46,12 @@ def add(commands: Any) -> None:
     parser.add_argument("--text-position", choices=["first", "last"], help="of --samples (default first)")
     parser.add_argument("--block", type=_show.positive, nargs=2, default=(64, 64), metavar="B", help="(default 64 64)")
     parser.add_argument("--objective", choices=["mass", "paro", "error"], default="mass", help="(default mass)")
+    parser.add_argument(
+        "--rule", choices=["global", "head", "row", "error"], default="global", help="where the budget goes"
+    )
+    parser.add_argument(
+        "--text-columns", choices=["keep", "sparse"], default="keep", help="what every query sees, or like the rest"
+    )
     parser.add_argument("--orders", nargs="+", metavar="NAME", help="candidate orders (default: all axis orders)")
     parser.add_argument(
         "--bricks", type=_sizes, nargs="+", default=(), metavar="FxHxW", help="brick orders as candidates"
@@ -109,6 +115,8 @@ def run(args: argparse.Namespace) -> int:
         orders=args.orders,
         quant=paro_jax.QuantSpec(qk=args.qk, pv=args.pv),
         bucket_edges=edges,
+        rule=args.rule,
+        text_columns=args.text_columns,
     )
     check = partial(check_settings, **settings)  # called with the grid, before the model runs
     source = _captured(args) if args.model is None else None
@@ -138,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
     )
     results = []
     for density, path, (plan, report) in zip(args.density, plans, made, strict=True):
-        about = {"density": density, "objective": args.objective, **provenance}
+        about = {"density": density, "objective": args.objective, "rule": args.rule, **provenance}
         paro_jax.save_plan(plan, path, model=model, provenance=about)
         results.append((plan, report, path))
     for path, (_, report) in zip(reports, made, strict=False):

@@ -23,6 +23,7 @@ import calibrate
 from paro_jax import AttentionPlan, QuantSpec, Width, metrics, policies, save_plan
 from paro_jax.demo import data, model, pictures
 from paro_jax.models import samplers, weights
+from paro_jax.models.layers import AttentionFn
 
 STEPS, QUICK_STEPS = 12, 6
 GUIDANCE = 3.0
@@ -44,9 +45,16 @@ def load_model() -> model.DemoModel:
     return weights.load(lambda: model.DemoModel(rngs=nnx.Rngs(0)), model.WEIGHTS)
 
 
-def predict(net: model.DemoModel, words: jax.Array, x: jax.Array, t: jax.Array, plan: AttentionPlan | None = None):
+def predict(
+    net: model.DemoModel,
+    words: jax.Array,
+    x: jax.Array,
+    t: jax.Array,
+    plan: AttentionPlan | None = None,
+    attention_fn: AttentionFn | None = None,
+):
     """v with classifier-free guidance: one batch holds the captioned half, then the uncaptioned half."""
-    captioned, plain = jnp.split(net(_twice(x), _twice(t), words, plan=plan), 2)
+    captioned, plain = jnp.split(net(_twice(x), _twice(t), words, plan=plan, attention_fn=attention_fn), 2)
     return plain + GUIDANCE * (captioned - plain)
 
 
@@ -54,12 +62,21 @@ def _twice(x: jax.Array) -> jax.Array:
     return jnp.concatenate([x, x])
 
 
-@functools.partial(jax.jit, static_argnames="steps")
-def _sample(net: model.DemoModel, words: jax.Array, noise: jax.Array, plan: AttentionPlan | None, *, steps: int):
+@functools.partial(jax.jit, static_argnames=("steps", "attention_fn"))
+def _sample(
+    net: model.DemoModel,
+    words: jax.Array,
+    noise: jax.Array,
+    plan: AttentionPlan | None,
+    *,
+    steps: int,
+    attention_fn: AttentionFn | None = None,
+):
     """The video's latents, and the latents `[steps, ...]` that the model was given at every step."""
 
     def step(x, index):
-        v = predict(net, words, x, _time(index, steps), None if plan is None else plan.at_step(index, steps))
+        local = None if plan is None else plan.at_step(index, steps)
+        v = predict(net, words, x, _time(index, steps), local, attention_fn)
         return samplers.ddim_step(x, v, index, steps=steps, schedule=model.SCHEDULE), x
 
     return jax.lax.scan(step, noise, jnp.arange(steps, dtype=jnp.int32))
@@ -87,16 +104,19 @@ class Video:
 
 
 class Generator:
-    """Makes videos; compiles once for every kind of plan and keeps compile time out of the seconds it reports."""
+    """Makes videos; compiles once for every kind of plan and keeps compile time out of the seconds it reports.
 
-    def __init__(self, net: model.DemoModel, steps: int):
-        self.net, self.steps, self.compiled = net, steps, {}
+    `attention_fn`: what computes attention in place of `paro_jax.attention`, as the models take it.
+    """
+
+    def __init__(self, net: model.DemoModel, steps: int, attention_fn: AttentionFn | None = None):
+        self.net, self.steps, self.attention_fn, self.compiled = net, steps, attention_fn, {}
 
     def __call__(self, scene: data.Scene, plan: AttentionPlan | None = None) -> Video:
         args = (self.net, words_for(scene), model.initial_noise(scene.seed), plan)
         key = jax.tree.structure(plan)
         if key not in self.compiled:
-            self.compiled[key] = _sample.lower(*args, steps=self.steps).compile()
+            self.compiled[key] = _sample.lower(*args, steps=self.steps, attention_fn=self.attention_fn).compile()
         start = time.perf_counter()
         last, given = jax.block_until_ready(self.compiled[key](*args))
         seconds = time.perf_counter() - start

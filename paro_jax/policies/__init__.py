@@ -22,7 +22,8 @@ What differs by layer beyond the plan (tuned knobs, a random key, what was remem
 | `sparse_videogen` | q, k and v | chosen: model order or "HWF" |
 | `sparse_videogen2` | q and k | made: k-means, for `slot_attention` |
 
-DiTFastAttn's window is `window`; what it shares between steps is `shared_attention`.
+DiTFastAttn's window is `window`; what it shares between steps is `shared_attention`. What a mask skips need not be
+lost: `compensated_attention` lets the means of skipped blocks speak for them.
 
 In every mask text rows and columns are kept, the last partial block is counted and masked exactly, each row keeps at
 least a block, and `density` is kept blocks over all blocks, text included. Static policies return keep [heads, nq, nk];
@@ -36,6 +37,7 @@ from paro_jax.policies._basic import at_density as at_density
 from paro_jax.policies._basic import dense as dense
 from paro_jax.policies._basic import top_blocks as top_blocks
 from paro_jax.policies._basic import window as window
+from paro_jax.policies._compensate import compensated_attention as compensated_attention
 from paro_jax.policies._ditfast import Memory as Memory
 from paro_jax.policies._ditfast import Share as Share
 from paro_jax.policies._ditfast import greedy_sharing as greedy_sharing
