@@ -166,6 +166,11 @@ def xattention(q: Any, k: Any, plan: AttentionPlan, knob: Any) -> BlockMask:
     return policies.xattention(q, k, plan=plan, tau=knob, stride=math.gcd(16, *plan.block))
 
 
+def compensated(q, k, v, *, plan, knobs, memory, step):
+    """Rule: the plan's mask, and what it skips as its means."""
+    return policies.compensated_attention(q, k, v, plan=plan), memory, (_density(plan.mask()),)
+
+
 @functools.cache
 def heaviest(density: float) -> Policy:
     """The blocks that hold the most attention, known exactly: what no method that has to guess can do."""
@@ -243,6 +248,14 @@ def _paro(context: Context, density: float) -> Setting:
 
 def _paro_global(context: Context, density: float) -> Setting:
     return Setting(context.calibrated(density, rule="global"))
+
+
+def _paro_error(context: Context, density: float) -> Setting:
+    return Setting(context.calibrated(density, rule="error"))
+
+
+def _compensated(prepare: Callable[[Context, float], Setting]) -> Callable[[Context, float], Setting]:
+    return lambda context, density: Setting(prepare(context, density).plan, compensated)
 
 
 def _paro_bricks(context: Context, density: float) -> Setting:
@@ -392,6 +405,9 @@ def _radial(context: Context, density: float) -> Setting:
 METHODS = (
     Method("PARO", "arXiv 2506.16054, the same budget for every row of blocks", _paro),
     Method("PARO, one threshold", "arXiv 2506.16054, one mass threshold for all blocks", _paro_global),
+    Method("PARO, error budget", "the budget by predicted output error", _paro_error),
+    Method("PARO + means", "what is skipped as its means", _compensated(_paro)),
+    Method("PARO, error budget + means", "both", _compensated(_paro_error)),
     Method("PARO, bricks", "PARO with a brick order among the candidates", _paro_bricks),
     Method("PARO + SpargeAttn", "SpargeAttn on PARO's orders", _fitted(sparge_top_k, _paro_order)),
     Method("PARO ∪ SpargeAttn", "two thirds static, the rest online", _fitted(union_with_sparge, _paro_part)),

@@ -17,7 +17,7 @@ from tqdm import tqdm
 import calibrate
 import paro_jax
 from paro_jax import metrics, video_metrics
-from paro_jax.evaluation._methods import METHODS, WIDTHS, Context, Method, at_sample, few, sharing
+from paro_jax.evaluation._methods import METHODS, WIDTHS, Context, Method, at_sample, compensated, few, sharing
 from paro_jax.evaluation._report import Table
 from paro_jax.evaluation._subject import Made, Setting, Subject
 
@@ -285,8 +285,8 @@ def attention_level(
 ) -> dict[str, Any] | None:
     """One attention call at a time on held-out q, k, v: relative L1 and cosine, and the cost of making masks.
 
-    `mask_cost`: time of the mask alone over that of dense attention, 0 for one made offline, least of three. None for a
-    method that remembers steps, of which a single call says nothing.
+    `mask_cost`: time of the mask alone over that of dense attention, 0 for one made offline, least of three. All None
+    for a method that remembers steps, of which a single call says nothing.
     """
     if setting.rule is sharing:
         return {"relative_l1": None, "cosine": None, "density": None, "mask_cost": None}
@@ -309,8 +309,8 @@ def attention_level(
         l1.append(metrics.relative_l1(reference, out))
         cosine.append(metrics.cosine(reference, out))
         density.append(decided[0])
-    cost = 0.0
-    if setting.rule is not None:
+    cost = 0.0 if setting.rule is None else None
+    if setting.rule not in (None, compensated):  # compensation is part of the output: no mask to be timed
         dense = at_sample(setting.plan, samples[-1])
         dense = dense.with_mask(dataclasses.replace(dense.mask(), keep=jnp.ones_like(dense.mask().keep)))
         # Only what was decided is asked for, so the compiler leaves attention itself out.
