@@ -428,9 +428,8 @@ def _resize_flow(flow: np.ndarray, h: int, w: int) -> np.ndarray:
 def _window(x: np.ndarray) -> np.ndarray:
     """[F, H, W] weighted over the window around each pixel; beyond the border there is nothing."""
     for axis in (1, 2):
-        pad = [(0, 0)] * 3
-        pad[axis] = (len(_WINDOW) // 2,) * 2
-        wide = np.pad(x, pad)
+        reach = len(_WINDOW) // 2
+        wide = np.pad(x, [(reach, reach) if axis == i else (0, 0) for i in range(3)])
         x = sum(
             (tap * np.take(wide, np.arange(i, i + x.shape[axis]), axis) for i, tap in enumerate(_WINDOW)),
             np.zeros_like(x),
@@ -456,7 +455,7 @@ def _lucas_kanade_step(a: np.ndarray, b: np.ndarray, flow: np.ndarray) -> np.nda
     """One Gauss-Newton step towards a(p) = b(p + flow): [F, H, W, 2], at most a pixel each way."""
     warped, inside = _sample(b, flow)
     t = warped - a
-    y, x = np.gradient((a + warped) / 2, axis=(1, 2))
+    y, x = (np.asarray(slope) for slope in np.gradient((a + warped) / 2, axis=(1, 2)))
 
     def total(p: np.ndarray, q: np.ndarray) -> np.ndarray:
         return _window(inside * np.sum(p * q, -1))

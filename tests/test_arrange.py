@@ -320,7 +320,7 @@ def _changed(**changed):
         (_changed(rotate=True, x=_X[..., :31]), r"rotate: expected False .*odd head_dim, got True, 'q', 31"),
         (_changed(role="o"), r"role: expected 'q', 'k' or 'v', got 'o'"),
         (_changed(width="int2"), r"width: expected one of 'bf16', .*got 'int2'"),
-        (_changed(group="channel"), r"group: expected 'row' or 'block' for role 'q', got 'channel'"),
+        (_changed(group="channel"), r"group: expected 'row' or 'block' or 'thread' for role 'q', got 'channel'"),
         (_changed(role="v", group="row"), r"group: expected 'channel' or 'block' for role 'v', got 'row'"),
         (_changed(block=0), r"block: expected two positive integers .*got \(0, 1\)"),
         (_changed(x=_X[0]), r"x: expected shape \[batch, tokens, heads, head_dim\].*got shape \[130, 3, 32\]"),

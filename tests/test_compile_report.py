@@ -110,4 +110,4 @@ def test_a_target_without_kernels_is_a_mistake_that_says_why(target, capsys):
 def test_without_the_compiler_it_says_how_to_get_it(capsys):
     assert main(["compile-report"]) == 2
     said = capsys.readouterr().err
-    assert "the CUDA compiler packages are missing: jax[cuda13]" in said and "make compile-report" in said
+    assert "the CUDA compiler packages are missing: jax-cuda13-plugin" in said and "make compile-report" in said

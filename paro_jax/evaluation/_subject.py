@@ -108,7 +108,7 @@ class Subject:
         if carry is not None:
             density = float(np.mean(carry[3])) / self.steps
         else:
-            density = float(np.mean([setting.plan.at_step(i, self.steps).density for i in range(self.steps)]))
+            density = float(np.mean([float(setting.plan.at_step(i, self.steps).density) for i in range(self.steps)]))
         return Made(self.view(np.asarray(latents, np.float32)), density, seconds)
 
     def capture(self, cases: Sequence[Case], at: Sequence[int], block: tuple[int, int]) -> list[calibrate.Sample]:

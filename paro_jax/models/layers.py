@@ -90,8 +90,8 @@ class Linear(nnx.Module):
 
     def __init__(self, in_features: int, out_features: int, *, rngs: nnx.Rngs):
         drawn = nnx.Linear(in_features, out_features, rngs=rngs)
-        self.weight = nnx.Param(drawn.kernel[...].T)
-        self.bias = drawn.bias
+        assert drawn.bias is not None
+        self.weight, self.bias = nnx.Param(drawn.kernel[...].T), nnx.Param(drawn.bias[...])
 
     def __call__(self, x: Array) -> Array:
         x, weight, bias = dtypes.promote_dtype((x, self.weight[...], self.bias[...]))
