@@ -105,8 +105,8 @@ ONLINE = {
 }
 # Offline searches, shown with the policy they serve, and what attends: tested beside them.
 TOOLS = {
-    "at_density", "column_mass", "compensated_attention", "greedy_sharing", "mask_errors", "masked_attention", "pick_masks",
-    "shared_attention", "sharing_loss", "slot_attention", "sparse_vdit", "tune_sparge",
+    "at_density", "column_mass", "compensated_attention", "greedy_sharing", "mask_errors", "masked_attention",
+    "pick_masks", "shared_attention", "sharing_loss", "slot_attention", "sparse_vdit", "tune_sparge",
 }  # fmt: skip
 
 
