@@ -102,7 +102,8 @@ class Linear(nnx.Module):
 def head_weights(linear: Linear, heads: int) -> tuple[Array, Array]:
     """Kernel `[C, heads, D]` and bias `[heads, D]` of a projection, as `paro_jax.project_in` takes them."""
     weight, bias = linear.weight[...], linear.bias[...]
-    return weight.reshape(heads, -1, weight.shape[1]).transpose(2, 0, 1), bias.reshape(heads, -1)
+    # A matrix that is turned, then split, XLA multiplies by as it lies; split first, it is copied at every call.
+    return weight.T.reshape(weight.shape[1], heads, -1), bias.reshape(heads, -1)
 
 
 def head_norm(norm: nnx.LayerNorm | nnx.RMSNorm) -> Norm:
