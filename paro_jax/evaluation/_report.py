@@ -117,40 +117,52 @@ class Table:
         return "\n".join(lines)
 
     def _draw(self) -> Any:
-        from matplotlib import colormaps
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        wide = [row for row in self.rows if row["width"] == "bf16" and row["method"] != "dense" and row["psnr"]]
-        quantised = [row for row in self.rows if row["width"] != "bf16" and row["psnr"]]
-        figure = Figure(figsize=(15, 7.5), layout="constrained")
+        drawn = [row for row in self.rows if row["method"] != "dense" and row["psnr"]]
+        wide = [row for row in drawn if row["width"] == "bf16"]
+        quantised = [row for row in drawn if row["width"] != "bf16"]
+        panels = [(draw, rows) for draw, rows in ((_draw_methods, wide), (_draw_widths, quantised)) if rows]
+        figure = Figure(figsize=(15 if len(panels) > 1 else 10, 7.5), layout="constrained")
         FigureCanvasAgg(figure)  # no global state, no display
-        left, right = figure.subplots(1, 2, width_ratios=(1.6, 1))
-        for i, name in enumerate(dict.fromkeys(row["method"] for row in wide)):
-            mine = sorted((row for row in wide if row["method"] == name), key=lambda row: row["density"])
-            error = [row["psnr_spread"] or 0 for row in mine]
-            paro = name == "PARO"
-            left.errorbar(
-                [row["density"] for row in mine], [row["psnr"] for row in mine], error, capsize=2,
-                label=name, color="black" if paro else colormaps["tab10"](i % _COLOURS), marker="osDv^<>Px"[i % 9],
-                linewidth=2.5 if paro else 1.1, linestyle=("-", "--", ":")[i // _COLOURS % 3], zorder=3 if paro else 2,
-            )  # fmt: skip
-        left.set(xlabel="density executed, text included", ylabel="PSNR against dense, dB", title="masks, bf16")
-        left.grid(alpha=0.3)
-        if wide:
-            left.legend(fontsize=8, ncols=2)
-        names = [f"{row['method']} {_text('asked', row['asked'])}, {row['width']}" for row in quantised]
-        order = np.argsort([row["psnr"] for row in quantised])
-        right.barh(
-            [names[i] for i in order],
-            [quantised[i]["psnr"] for i in order],
-            xerr=[quantised[i]["psnr_spread"] or 0 for i in order],
-            color=["#e45756" if "PARO" in quantised[i]["width"] else "#4c78a8" for i in order],
-        )
-        right.set(xlabel="PSNR against dense, dB", title="widths")
-        right.tick_params(labelsize=8)
-        right.grid(axis="x", alpha=0.3)
+        if panels:
+            all_axes = figure.subplots(1, len(panels), width_ratios=(1.6, 1)[: len(panels)], squeeze=False)[0]
+            for axes, (draw, rows) in zip(all_axes, panels, strict=True):
+                draw(axes, rows)
         return figure
+
+
+def _draw_methods(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """PSNR over density, a line a method."""
+    from matplotlib import colormaps
+
+    for i, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        mine = sorted((row for row in rows if row["method"] == name), key=lambda row: row["density"])
+        paro = name == "PARO"
+        axes.errorbar(
+            [row["density"] for row in mine], [row["psnr"] for row in mine], [row["psnr_spread"] or 0 for row in mine],
+            label=name, color="black" if paro else colormaps["tab10"](i % _COLOURS), marker="osDv^<>Px"[i % 9],
+            linewidth=2.5 if paro else 1.1, linestyle=("-", "--", ":")[i // _COLOURS % 3], capsize=2,
+            zorder=3 if paro else 2,
+        )  # fmt: skip
+    axes.set(xlabel="density executed, text included", ylabel="PSNR against dense, dB", title="masks, bf16")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, ncols=2)
+
+
+def _draw_widths(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """PSNR of quantised rows, best on top."""
+    rows = sorted(rows, key=lambda row: row["psnr"])
+    axes.barh(
+        [f"{row['method']} {_text('asked', row['asked'])}, {row['width']}" for row in rows],
+        [row["psnr"] for row in rows],
+        xerr=[row["psnr_spread"] or 0 for row in rows],
+        color=["#e45756" if "PARO" in row["width"] else "#4c78a8" for row in rows],
+    )
+    axes.set(xlabel="PSNR against dense, dB", title="widths")
+    axes.tick_params(labelsize=8)
+    axes.grid(axis="x", alpha=0.3)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
