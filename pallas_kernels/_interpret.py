@@ -56,7 +56,7 @@ def _params() -> type:
 
 # Below this XLA hands an array to a callback at once; a larger one is copied by its thread pool, one thread a core,
 # while a kernel's three warpgroups wait inside callbacks. Seen to hang with two cores (jax 0.12).
-_AT_ONCE = 100 * 1024
+_AT_ONCE = 96 * 1024
 _CORES = 4
 
 
