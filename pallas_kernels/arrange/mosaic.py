@@ -149,6 +149,7 @@ def _forward(options: _Options, x, slots, norm, rope, mean):
         scales = jnp.maximum(amax, 1e-7) / WIDTHS[width].qmax
         arrays["channel"] = scales[:, :, 0]
     values, own = call.run(arrays)
+    values = values if key_major or form == PACKED else values[:, :, :tokens]
     scales = own if scales is None else scales
     if scales is not None and role == "v":
         scales = scales[..., :head_dim]
@@ -243,7 +244,8 @@ class _Call:
         """(values, scales f32 [B, H, whole tiles], [B, H, n], [B, H, n, dim], or None)."""
         lead, padded = (self.batch, self.heads), self.programs * self.tiles.tokens
         store = WIDTHS[self.width].store or jnp.dtype(self.dtype)
-        shape = (self.dim, padded) if self.key_major else (self.tokens, self.dim)
+        # A bulk copy of rows takes them in whole eights; what lies past the last token is cut off again.
+        shape = (self.dim, padded) if self.key_major else (-(-self.tokens // 8) * 8, self.dim)
         if self.form == PACKED:
             shape = (self.dim // 2, padded) if self.key_major else (-(-self.tokens // 64) * _packed.KEYS, self.dim)
         out = [jax.ShapeDtypeStruct((*lead, *shape), store)]
