@@ -67,8 +67,8 @@ def interpreter_would_hang(nbytes: int) -> str | None:
     if nbytes < _AT_ONCE or threads >= _THREADS:
         return None
     return (
-        f"the interpreter needs {_THREADS} threads for arrays of {_AT_ONCE} bytes and more, XLA has {threads} here; set "
-        "NPROC=8 in the environment before Python starts, or interpret something smaller"
+        f"the interpreter needs {_THREADS} threads for arrays of {_AT_ONCE} bytes and more, XLA has {threads} here; "
+        "set NPROC=8 in the environment before Python starts, or interpret something smaller"
     )
 
 
