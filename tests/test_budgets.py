@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import calibrate
+from paro_jax import AttentionPlan, BlockMask
 from paro_jax.demo import budgets, run
 from paro_jax.demo.model import CONFIG
 
@@ -19,6 +20,26 @@ def bench():
         ]
 
     return budgets.Bench(samples(run.capture_steps(run.STEPS)), samples([5]), densities=(0.5,))
+
+
+def test_integers_count_the_heads_that_an_order_helps(monkeypatch):
+    """Head 1's queries grow along the width: with a column's side by side a block's scale fits all of its queries."""
+    rng, grid = np.random.default_rng(0), CONFIG.grid
+    q, k, v = rng.normal(size=(3, 1, grid.tokens, 2, 8)).astype(np.float32)
+    sizes = np.broadcast_to(4.0 ** np.linspace(-1, 1, grid.shape[2]), grid.shape).reshape(-1)
+    q[:, grid.text :, 1] *= sizes[None, :, None]
+    sample = calibrate.Sample(0, 0.5, q, k, v)
+    bench = budgets.Bench([sample], [sample], densities=(0.5,))
+
+    def plans(orders):
+        mask = BlockMask(np.ones((1, 1, 2, *grid.blocks(run.BLOCK)), bool), run.BLOCK)
+        return [AttentionPlan.build(grid, order=["FHW", "FHW" if orders else "WHF"], mask=mask)]
+
+    monkeypatch.setattr(bench, "plans", plans)
+    rows = {row["recipe"]: row for row in budgets.integers(bench) if row["density"] == 1}
+    assert {row["heads"] for row in rows.values()} == {1}  # the other head's order is the same
+    found = rows["PARO INT4"]
+    assert found["better"] == found["share"] == 1 and found["l1, PARO"] < found["l1, model order"]
 
 
 def test_tables_change_one_thing_at_equal_density(bench, monkeypatch):

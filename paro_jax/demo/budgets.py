@@ -7,6 +7,7 @@ takes ten seconds. The tables are kept, and read, in docs/better_than_the_paper.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import sys
@@ -20,7 +21,7 @@ import numpy as np
 import calibrate
 import paro_jax
 from calibrate._choose import RULES
-from paro_jax import AttentionPlan, QuantSpec, metrics, policies
+from paro_jax import AttentionPlan, BlockMask, QuantSpec, metrics, policies, recipes
 from paro_jax.demo import data, model, run
 from paro_jax.models.layers import AttentionFn
 
@@ -157,7 +158,40 @@ def orders(bench: Bench) -> list[Row]:
     return rows
 
 
-TABLES = {table.__name__: table for table in (rules, text, buckets, orders)}
+def integers(bench: Bench) -> list[Row]:
+    """Integer attention in PARO's orders and in model order, head by head: dense, and each under its own masks.
+
+    better: heads whose output is nearer to dense attention in PARO's orders, mean over held-out samples; a head is one
+    of a layer. Those of equal order are left out of `heads`: dense, they are the same computation.
+    """
+    rows = []
+    kinds = [bench.plans(orders=None), bench.plans(orders=bench.grid.orders[:1])]
+    pairs = list(zip(*kinds, strict=True))  # by density
+    for density, two in zip((1.0, *bench.densities), (pairs[-1], *pairs), strict=True):
+        if density == 1:
+            two = [plan.with_mask(BlockMask(jnp.ones_like(plan.mask().keep), plan.block)) for plan in two]
+        moved = np.asarray(two[0].order) != np.asarray(two[1].order)  # [buckets, layers, heads]
+        for name in ("PARO INT8", "naive INT8", "PARO INT4", "naive INT4"):
+            found = [
+                by_head(bench.heldout, dataclasses.replace(plan, quant=recipes.ALL[name]), bench.steps) for plan in two
+            ]
+            counted = moved[0]  # buckets share orders
+            better = (found[0] < found[1])[counted]
+            row: Row = {"recipe": name, "density": density, "l1, PARO": float(found[0].mean())}
+            row |= {"l1, model order": float(found[1].mean()), "better": int(better.sum()), "heads": better.size}
+            rows.append(row | {"share": float(better.mean())})
+            bench.note(f"{rows[-1]}")
+    return rows
+
+
+def by_head(samples: Samples, plan: AttentionPlan, steps: int) -> np.ndarray:
+    """Relative L1 of each head's output, [layers, heads]: mean over the samples of a layer."""
+    l1, _ = output_errors(samples, plan, steps)
+    sites = np.array([sample.site for sample in samples])
+    return np.stack([l1[sites == site].mean(axis=0) for site in range(sites.max() + 1)])
+
+
+TABLES = {table.__name__: table for table in (rules, text, buckets, orders, integers)}
 
 
 def markdown(rows: Sequence[Row]) -> str:
