@@ -29,17 +29,19 @@ def test_integers_count_the_heads_that_an_order_helps(monkeypatch):
     sizes = np.broadcast_to(4.0 ** np.linspace(-1, 1, grid.shape[2]), grid.shape).reshape(-1)
     q[:, grid.text :, 1] *= sizes[None, :, None]
     sample = calibrate.Sample(0, 0.5, q, k, v)
-    bench = budgets.Bench([sample], [sample], densities=(0.5,))
+    bench = budgets.Bench([sample], [sample], densities=())
+    dense = BlockMask(np.ones((1, 1, 2, *grid.blocks(run.BLOCK)), bool), run.BLOCK)
 
-    def plans(orders):
-        mask = BlockMask(np.ones((1, 1, 2, *grid.blocks(run.BLOCK)), bool), run.BLOCK)
-        return [AttentionPlan.build(grid, order=["FHW", "FHW" if orders else "WHF"], mask=mask)]
+    def plans(quant, objective=None, orders=None, **_):
+        own = "WHF" if orders is None else "FHW"
+        return [AttentionPlan.build(grid, order=["FHW", own], mask=dense, quant=quant)]
 
     monkeypatch.setattr(bench, "plans", plans)
-    rows = {row["recipe"]: row for row in budgets.integers(bench) if row["density"] == 1}
-    assert {row["heads"] for row in rows.values()} == {1}  # the other head's order is the same
-    found = rows["PARO INT4"]
-    assert found["better"] == found["share"] == 1 and found["l1, PARO"] < found["l1, model order"]
+    rows = [row for row in budgets.integers(bench) if row["recipe"] == "PARO INT4"]
+    assert [row["orders by"] for row in rows] == ["mass", "error"]
+    for row in rows:  # the other head's order is the same
+        assert (row["density"], row["better"], row["heads"], row["of"]) == (1.0, 1, 1, 2)
+        assert row["l1"] < row["l1, model order"]
 
 
 def test_tables_change_one_thing_at_equal_density(bench, monkeypatch):
