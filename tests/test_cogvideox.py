@@ -46,8 +46,8 @@ def test_output_depends_on_every_input(problem):
     net, latents, t, text = problem
     base = run(net, latents, t, text)
     assert base.shape == latents.shape
-    for changed in (run(net, latents + 0.1, t, text), run(net, latents, t + 50, text), run(net, latents, t, text + 0.1)):
-        assert float(jnp.abs(changed - base).max()) > 1e-3
+    for changed in ((latents + 0.1, t, text), (latents, t + 50, text), (latents, t, text + 0.1)):
+        assert float(jnp.abs(run(net, *changed) - base).max()) > 1e-3
     # Batch rows do not see each other.
     np.testing.assert_allclose(run(net, latents[:1], t[:1], text[:1])[0], base[0], atol=1e-5)
 
