@@ -262,6 +262,10 @@ def _paro_bricks(context: Context, density: float) -> Setting:
     return Setting(context.calibrated(density, context.bricks(), rule="row"))
 
 
+def _paro_error_orders(context: Context, density: float) -> Setting:
+    return Setting(context.calibrated(density, rule="error", objective="error"))
+
+
 def _no_reorder(context: Context, density: float) -> Setting:
     return Setting(context.calibrated(density, rule="row", orders=context.grid.orders[:1]))
 
@@ -407,6 +411,7 @@ METHODS = (
     Method("PARO", "arXiv 2506.16054, the same budget for every row of blocks", _paro),
     Method("PARO, one threshold", "arXiv 2506.16054, one mass threshold for all blocks", _paro_global),
     Method("PARO, error budget", "the budget by predicted output error", _paro_error),
+    Method("PARO, error budget + orders", "orders by measured output error too", _paro_error_orders),
     Method("PARO + means", "what is skipped as its means", _compensated(_paro)),
     Method("PARO, error budget + means", "both", _compensated(_paro_error)),
     Method("PARO, bricks", "PARO with a brick order among the candidates", _paro_bricks),
