@@ -137,6 +137,14 @@ def paro(qmax, levels):
     return method
 
 
+def smooth_int4(q, k, v, bq, bk):
+    n, d, k = token(len(q)), q.shape[1], k - k.mean(0)
+    turn = (1 - 2 * np.random.RandomState(0).randint(0, 2, d))[:, None] * hadamard(d) / math.sqrt(d)
+    q, mean = less_block_mean(q, bq)
+    s = by_group(q @ turn, n, 7) @ by_group(k @ turn, n, 7).T + mean @ k.T
+    return s, blocks_of(v, bk, 7), lambda p: np.rint(15 * p), 15, "block"
+
+
 METHODS = {
     "SageAttention": sage,
     "SageAttention2": sage_2,
@@ -146,6 +154,7 @@ METHODS = {
     "naive INT4": naive(7, 15),
     "PARO INT8": paro(127, 127),
     "PARO INT4": paro(7, 15),
+    "smooth INT4": smooth_int4,
 }
 
 
@@ -218,6 +227,7 @@ def test_which_recipe_is_nearer():
         for n, r in recipes.ALL.items()
     }
     assert error["SageAttention"] < error["PARO INT8"] < error["PARO INT4"] < error["naive INT4"]
+    assert error["smooth INT4"] < error["PARO INT4"]
     assert error["naive INT8"] < error["naive INT4"] / 4 and error["SageAttention2"] < error["naive INT4"]
     assert error["PARO INT8"] < error["FA3 FP8"] and error["SageAttention3"] < error["naive INT4"]
 
