@@ -3,6 +3,7 @@
 # make test-oldest the tests with the oldest jax we support
 # make compile-report  compile the GPU kernels without a GPU and say what they became (installs 1.4 GB)
 # make compile-test    the tests that need that compiler
+# make bench-gpu   the benchmark on this GPU, at most 8 minutes; writes out/bench-gpu/ (docs/benchmarks.md)
 # make lint        ruff and pyright
 # make notebooks   run notebooks/*.py and write the .ipynb beside each
 # make train       train the demo's model again (long on a CPU)
@@ -25,9 +26,12 @@ KEY := $(shell (pwd; cat pyproject.toml constraints.txt) | cksum | cut -d ' ' -f
 CORE := $(VENV)/.core-$(KEY)
 DEV := $(VENV)/.dev-$(KEY)
 COMPILE := .venv-cuda/.compile-$(KEY)
+GPU := .venv-gpu/.gpu-$(KEY)
+# A Python that has jax for CUDA, where there is one; else .venv-gpu is set up.
+GPU_PYTHON ?=
 DEV_OLDEST := .venv-oldest/.dev-$(KEY)
 
-.PHONY: help demo test test-oldest compile-report compile-test lint notebooks train clean clean-all
+.PHONY: help demo test test-oldest compile-report compile-test bench-gpu lint notebooks train clean clean-all
 .DELETE_ON_ERROR:
 
 help:
@@ -48,6 +52,11 @@ compile-report: $(COMPILE)
 compile-test: $(COMPILE)
 	@JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest -n $(WORKERS) tests/test_hopper.py tests/test_arrange_hopper.py \
 		-k "compiles or keeps_its_bound" $(ARGS)
+
+# 450 of the 480 seconds are for rows; a row that was begun and the chart come after.
+bench-gpu: $(if $(GPU_PYTHON),,$(GPU))
+	@PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(or $(GPU_PYTHON),.venv-gpu/bin/python) -m paro_jax bench --gpu --budget 450 \
+		--out out/bench-gpu $(ARGS)
 
 lint: $(DEV)
 	@$(PY) -m ruff check .
@@ -70,7 +79,7 @@ clean:
 	@find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 clean-all: clean
-	@rm -rf .venv .venv-cuda .venv-oldest
+	@rm -rf .venv .venv-cuda .venv-gpu .venv-oldest
 
 # $(call python,VENV): the interpreter for VENV; one line and no more when there is none.
 python = $(if $(filter error:,$(firstword $(found))),$(error $(wordlist 2,999,$(found))),$(found))
@@ -87,6 +96,10 @@ $(DEV):
 $(COMPILE):
 	@bash tools/install .venv-cuda "$(call python,.venv-cuda)" constraints.txt -e '.[dev,compile]'
 	@rm -f .venv-cuda/.compile-* && touch $@
+
+$(GPU):
+	@bash tools/install .venv-gpu "$(call python,.venv-gpu)" constraints.txt -e '.[cuda13]'
+	@rm -f .venv-gpu/.gpu-* && touch $@
 
 $(DEV_OLDEST):
 	@mkdir -p out

@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import _check, _choose
+from pallas_kernels import _check, _choose, _tiles
 from pallas_kernels._check import mistake, require_shape
 from pallas_kernels.block_attention import hopper, reference, xla
 
 LAYOUTS = ("rows", "hopper")
 BACKENDS = (
     # Until it has run on a GPU, it serves only whoever names it.
-    _choose.Backend("hopper", hopper.why_not, hopper.run, default=False),
-    _choose.Backend("xla", xla.why_not, xla.run),
+    _choose.Backend("hopper", hopper.why_not, hopper.run, default=False, candidates=hopper.candidates),
+    _choose.Backend("xla", xla.why_not, xla.run, candidates=xla.candidates),
     _choose.Backend("reference", reference.why_not, reference.run, default=False),
 )
 
@@ -41,6 +41,7 @@ def block_attention(
     layout: str = "rows",
     head_dim: int | None = None,
     implementation: str | None = None,
+    tiles: Any = None,
     return_residual: bool = False,
 ) -> Any:
     """softmax(scale * q k^T) v over the kept blocks, renormalised over them (PAROAttention, section 3.2).
@@ -57,6 +58,8 @@ def block_attention(
     2411.10958: what q k^T lacks when a block's mean query was subtracted; as there, nq Nk numbers a head).
     layout: "rows", or "hopper" for operands that `arrange` made with layout="hopper" (which says what they look like);
     then head_dim is how many of the padded channels are real.
+    tiles: one of the backend's `candidates`; None: the fastest in this device's table (`paro bench --tune`), else the
+    first.
     out_dtype: default v's dtype, else q's, where that is a float, else float32.
 
     Returns o [B, Nq, H, D] in model order; with return_residual also lse f32 [B, Nq, H], the natural log-sum-exp of the
@@ -136,6 +139,9 @@ def block_attention(
     )
     backend = _choose.choose(request, BACKENDS, implementation)
     options = dict(block=(bq, bk), scale=scale, qk=qk, pv=pv, p_scale=p_scale, out_dtype=out_dtype)
+    if tiles is None:
+        tiles = _tiles.measured(request, backend)
+    options |= {} if tiles is None else {"tiles": tiles}
     run = partial(backend.run, **options, **({} if layout == "rows" else {"layout": layout}))
     arrays = (q, k, v, count, index, slots, q_scale, k_scale, v_scale, *(() if delta is None else (delta,)))
     o, lse = run(*arrays) if qk == pv == "bf16" else _check.no_gradient(run, *arrays)

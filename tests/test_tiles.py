@@ -1,0 +1,116 @@
+"""Tiles by measurement: what `paro bench --tune` writes, the chooser reads."""
+
+import json
+from dataclasses import asdict, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import schedule
+
+from pallas_kernels import Request, _tiles, block_attention
+from pallas_kernels.block_attention import BACKENDS, hopper, xla
+from paro_jax import __main__ as command
+from paro_jax.bench import report
+from paro_jax.bench.jobs import Job
+
+XLA = next(b for b in BACKENDS if b.name == "xla")
+HOPPER = next(b for b in BACKENDS if b.name == "hopper")
+REQUEST = Request("block_attention", 1, 2, 500, 500, 32, "float32", (64, 64))
+
+
+@pytest.fixture
+def folders(monkeypatch, tmp_path):
+    """(package's, user's), both empty."""
+    package, user = tmp_path / "package", tmp_path / "home"
+    monkeypatch.setattr(_tiles, "PACKAGE", package)
+    monkeypatch.setattr(_tiles, "user_folder", lambda: user)
+    return package, user
+
+
+def table(request, backend, times, **more):
+    """Rows as `--tune` makes them: {tiles: ms or None}."""
+    rows = [
+        {**Job("tune", "w", backend.name, request.qk, request.pv, tiles=asdict(tiles)).facts,
+         **({"status": "measured", "ms": ms} if ms else {"status": "failed", "reason": "hung"})}
+        for tiles, ms in times.items()
+    ]  # fmt: skip
+    return report.tile_rows(
+        rows, lambda row: {**_tiles.key(request, backend.name), "q_tokens": request.q_tokens} | more
+    )
+
+
+def test_the_fastest_of_a_table_is_chosen_and_a_failed_one_never(folders):
+    every = xla.candidates(REQUEST)
+    assert len(every) > 3 and _tiles.measured(REQUEST, XLA) is None
+    file = _tiles.write(table(REQUEST, XLA, {every[0]: 3.0, every[1]: 1.0, every[2]: None}), {"device": "toy"})
+    assert file.parent == folders[0] and file.stem == _tiles.device_slug()
+    written = json.loads(file.read_text())
+    assert [entry.get("reason") for entry in written["rows"][0]["candidates"]] == [None, None, "hung"]
+    assert _tiles.measured(REQUEST, XLA) == every[1]
+    for other in ({"q_tokens": 5000}, {"qk": "int8"}, {"dtype": "bfloat16"}, {"block": (128, 64)}, {"head_dim": 64}):
+        assert _tiles.measured(replace(REQUEST, **other), XLA) is None, other
+    assert _tiles.measured(replace(REQUEST, device="sm_90"), HOPPER) is None  # another backend's row
+
+
+def test_the_nearest_length_speaks_and_new_rows_replace_their_own_only(folders):
+    request = Request("block_attention", 1, 2, 4096, 4096, 128, "bfloat16", (128, 128), "int8", "int8", device="sm_90")
+    a, b, *_ = hopper.candidates(request)
+    longer = replace(request, q_tokens=32768, kv_tokens=32768)
+    _tiles.write(table(request, HOPPER, {a: 1.0, b: 2.0}) + table(longer, HOPPER, {a: 2.0, b: 1.0}), {})
+    assert [_tiles.measured(replace(request, q_tokens=n), HOPPER) for n in (2000, 6000, 20000, 60000)] == [a, a, b, b]
+    assert _tiles.measured(replace(request, q_tokens=500), HOPPER) is None
+    _tiles.write(table(request, HOPPER, {a: 2.0, b: 1.0}), {})
+    assert _tiles.measured(request, HOPPER) == b == _tiles.measured(longer, HOPPER)
+
+
+def test_a_folder_that_cannot_be_written_gives_way_to_the_users_own(folders):
+    package, user = folders
+    a, b, *_ = xla.candidates(REQUEST)
+    _tiles.write(table(REQUEST, XLA, {a: 1.0}), {})
+    assert _tiles.measured(REQUEST, XLA) == a and str(package) in _tiles.source()
+    for file in package.iterdir():
+        file.unlink()
+    package.rmdir()
+    package.write_text("a file where the folder would be")
+    assert "none measured" in _tiles.source()
+    assert _tiles.write(table(REQUEST, XLA, {b: 1.0}), {}).parent == user
+    assert _tiles.measured(REQUEST, XLA) == b and str(user) in _tiles.source()
+    user_file = next(user.iterdir())
+    with pytest.warns(UserWarning, match="not a table of tiles"):
+        user_file.write_text('{"schema": 99, "rows": []}')
+        assert _tiles.measured(REQUEST, XLA) is None
+
+
+def test_block_attention_runs_with_the_tiles_of_the_table_and_every_tile_gives_the_same(folders, monkeypatch):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 2, 500, 32)), jnp.float32) for _ in "qkv")
+    count, index = schedule(rng.random((2, 8, 8)) < 0.5)
+    ran = []
+    forward = xla._forward
+    monkeypatch.setattr(xla, "_forward", lambda spec, sizes, *args: ran.append(sizes) or forward(spec, sizes, *args))
+    call = jax.jit(lambda tiles: block_attention(q, k, v, count, index, block=(64, 64), scale=0.2, tiles=tiles),
+                   static_argnums=0)  # fmt: skip
+    expected = call(None)
+    every = xla.candidates(REQUEST)
+    for tiles in every[1:]:
+        np.testing.assert_allclose(call(tiles), expected, atol=2e-6)
+    _tiles.write(table(REQUEST, XLA, {every[0]: 2.0, every[-1]: 1.0}), {})
+    ran.clear()
+    jax.clear_caches()
+    got = block_attention(q, k, v, count, index, block=(64, 64), scale=0.2)
+    assert ran == [every[-1]]
+    np.testing.assert_allclose(got, expected, atol=2e-6)
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_table(folders, capsys, tmp_path):
+    argv = ["bench", "--tune", "--quick", "--tokens", "160", "--heads", "1", "--workloads", "cogvideox_5b", "--widths",
+            "bf16/bf16", "--out", str(tmp_path / "out"), "--json"]  # fmt: skip
+    assert command.main(argv) == 0
+    result = json.loads(capsys.readouterr().out)
+    rows = json.loads((folders[0] / f"{_tiles.device_slug()}.json").read_text())["rows"]
+    assert result["table"].endswith(f"{_tiles.device_slug()}.json")
+    assert len(rows) == 1 and len(rows[0]["candidates"]) == len(result["rows"]) >= 2
+    assert all(entry["ms"] > 0 for entry in rows[0]["candidates"])
