@@ -290,7 +290,7 @@ def _attended(
     implementation,
     return_residual,
     query=None,
-    schedule=None,  # (count, index, slots), unpacked before: for `paro bench`, as are
+    schedule=None,  # (count, index, slots) where they were unpacked before, and the backend's tiles: for `paro bench`
     tiles=None,
 ):
     if plan.wide is not None:

@@ -13,7 +13,8 @@ from pallas_kernels import Request, _tiles, block_attention
 from pallas_kernels.block_attention import BACKENDS, hopper, xla
 from paro_jax import __main__ as command
 from paro_jax.bench import report
-from paro_jax.bench.jobs import Job
+from paro_jax.bench.jobs import Job, Settings
+from paro_jax.bench.measure import sized
 
 XLA = next(b for b in BACKENDS if b.name == "xla")
 HOPPER = next(b for b in BACKENDS if b.name == "hopper")
@@ -104,13 +105,29 @@ def test_block_attention_runs_with_the_tiles_of_the_table_and_every_tile_gives_t
     np.testing.assert_allclose(got, expected, atol=2e-6)
 
 
-@pytest.mark.slow
-def test_the_command_writes_a_table(folders, capsys, tmp_path):
-    argv = ["bench", "--tune", "--quick", "--tokens", "160", "--heads", "1", "--workloads", "cogvideox_5b", "--widths",
-            "bf16/bf16", "--out", str(tmp_path / "out"), "--json"]  # fmt: skip
-    assert command.main(argv) == 0
-    result = json.loads(capsys.readouterr().out)
-    rows = json.loads((folders[0] / f"{_tiles.device_slug()}.json").read_text())["rows"]
-    assert result["table"].endswith(f"{_tiles.device_slug()}.json")
-    assert len(rows) == 1 and len(rows[0]["candidates"]) == len(result["rows"]) >= 2
-    assert all(entry["ms"] > 0 for entry in rows[0]["candidates"])
+def test_the_command_writes_the_table(folders, monkeypatch, capsys, tmp_path):
+    """With a stand-in for the process that measures: the second candidate is the fastest, the third fails."""
+    asked = []
+
+    class Toy:
+        def machine(self):
+            return {"device": "cpu", "backends_see": "cpu"}
+
+        def ask(self, job, settings, limit):
+            asked.append(job)
+            if len(asked) == 3:
+                return {**job.facts, "status": "failed", "reason": "hung"}
+            return {**job.facts, "status": "measured", "ms": 1.0 if len(asked) == 2 else 2.0, "timer": "host"}
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr("paro_jax.bench.worker.Worker", Toy)
+    argv = ["bench", "--tune", "--workloads", "flux_1024", "--widths", "int8/int8", "--out", str(tmp_path / "out")]
+    assert command.main(argv) == 1  # a row failed
+    out, _ = capsys.readouterr()
+    (file,) = folders[0].iterdir()
+    assert str(file) in out and "hung" in file.read_text()
+    request = sized(asked[0], Settings("cpu", "xla", "float32", (64, 64), 2048, 2)).request("int8", "int8", "cpu")
+    assert [job.tiles for job in asked] == [asdict(tiles) for tiles in xla.candidates(request)]
+    assert _tiles.measured(request, XLA) == xla.candidates(request)[1]

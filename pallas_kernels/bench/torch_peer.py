@@ -20,7 +20,7 @@ def main() -> int:
     for line in sys.stdin:
         job = json.loads(line)
         try:
-            import torch
+            import torch  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             answer = {
                 "missing": f"torch cannot be imported by {sys.executable} ({error}); --torch-python names another"
@@ -70,7 +70,10 @@ def tensors(torch, folder: Path, dtype: str, device: str) -> list:
 def flex(torch, one: list, folder: Path, block: list, held: dict):
     """FlexAttention compiled, with the kept blocks as its full blocks, which need no mask function."""
     import numpy as np
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    from torch.nn.attention.flex_attention import (  # pyright: ignore[reportMissingImports]
+        BlockMask,
+        flex_attention,
+    )
 
     keep = np.load(folder / "keep.npy")[None]
     order = np.argsort(~keep, axis=-1, kind="stable").astype("int32")

@@ -146,9 +146,10 @@ def _settings(args: argparse.Namespace, machine: Row) -> tuple[Settings, str | N
     elif not is_gpu and tokens is None:
         tokens, heads = _CPU_TOKENS, heads or _CPU_HEADS
     densities = args.density or ((1.0, 0.3) if args.quick else DENSITIES)
+    block = (args.block[0], args.block[1]) if args.block else (128, 128) if device == "sm_90" else (64, 64)
     settings = Settings(
         device=device, backend=args.backend or _backend(device), dtype="bfloat16" if is_gpu else "float32",
-        block=tuple(args.block) if args.block else (128, 128) if device == "sm_90" else (64, 64), tokens=tokens,
+        block=block, tokens=tokens,
         heads=heads, densities=tuple(dict.fromkeys(densities)), quick=args.quick or not is_gpu,
         seconds=0.1 if args.quick else 0.3, torch_python=args.torch_python,
     )  # fmt: skip
@@ -237,9 +238,11 @@ def _tuned(args: argparse.Namespace, settings: Settings, result: Row, rows: list
 def _told(args: argparse.Namespace, settings: Settings, result: Row, rows: list[Row], file: Path) -> int:
     """Write and show the whole result."""
     from paro_jax.bench import report
+    from paro_jax.bench.machine import gpu
     from paro_jax.bench.run import status
 
     machine = result["about"]["machine"]
+    result["about"]["gpu_after"] = gpu()
     rows = report.finished(rows)
     full = settings.tokens is None and settings.heads is None and settings.device.startswith("sm_")
     result |= {

@@ -13,7 +13,7 @@ _PACKAGES = (
     "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cudnn-cu13", "nvidia-cublas", "tokamax", "torch",
 )  # fmt: skip
 # Read only; what a GPU does under load is its business and the reader's.
-_QUERY = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,power.draw,power.limit,temperature.gpu"
+_QUERY = "name,driver_version,memory.total,memory.used,clocks.sm,clocks.max.sm,power.draw,power.limit,temperature.gpu"
 
 
 def machine() -> dict[str, Any]:

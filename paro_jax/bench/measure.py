@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import Norm, Rope
+from pallas_kernels import Norm, Rope, _tiles
 from pallas_kernels.arrange.reference import normed, rotated
 from pallas_kernels.bench import ceilings, peers, timing
 from pallas_kernels.workloads import backends
@@ -73,33 +73,35 @@ def _ceiling(job: Job, settings: Settings, timer: timing.Timer | None) -> Row:
 def _ours(job: Job, settings: Settings, timer: timing.Timer | None) -> Row:
     """The attention kernel alone: operands arranged and lists of kept blocks made beforehand, as peers have theirs."""
     case = sized(job, settings)
-    function, arguments, plan = kernel(case, job, settings)
+    function, arguments, plan, tiles = kernel(case, job, settings)
     found, out = timing.measure(function, arguments, seconds=settings.seconds, timer=timer)
     keep = np.asarray(plan.mask().keep)
-    q, k, v = cases.tensors(case)
     slots_of, out = np.asarray(plan.slots), out[-1]
     error = _error(lambda head, slots: np.asarray(out[slots_of[head][slots], head]), plan, *cases.tensors(case))
-    work = _worked(case, keep)
+    work = {**_worked(case, keep), "tiles": tiles}
     return {**_facts(found), **_right(error, (job.qk, job.pv)), **work, "tops": work["operations"] / found.ms / 1e9}
 
 
-def kernel(case: Case, job: Job, settings: Settings) -> tuple[Callable[..., Any], tuple, AttentionPlan]:
-    """(jitted call, its arguments, plan): block_attention on operands that are already in kernel order."""
-    backend = next(b for b in backends(case.request(job.qk, job.pv, settings.device)) if b.name == settings.backend)
-    if reason := backend.why_not(case.request(job.qk, job.pv, settings.device)):
-        raise RuntimeError(f"{backend.name} does not serve this: {reason}")
+def kernel(
+    case: Case, job: Job, settings: Settings
+) -> tuple[Callable[..., Any], tuple, AttentionPlan, dict[str, int] | None]:
+    """(jitted call, its arguments, plan, tiles): block_attention on operands that are already in kernel order."""
+    request = case.request(job.qk, job.pv, settings.device)
+    backend = next(b for b in backends(request) if b.name == settings.backend)
+    if reason := backend.why_not(request):
+        raise Missing(f"{backend.name} does not serve this: {reason}")
     plan = _plan(case, job)
-    tiles = None
+    every = backend.candidates(request) if backend.candidates is not None else ()
     if job.tiles is not None:
-        assert backend.candidates is not None
-        every = backend.candidates(case.request(job.qk, job.pv, settings.device))
         tiles = next(t for t in every if asdict(t) == job.tiles)
+    else:
+        tiles = _tiles.measured(request, backend) or next(iter(every), None)
     q, k, v = (
         jax.block_until_ready(arrange(x, plan=plan, role=role, implementation=settings.backend))
         for role, x in zip("qkv", cases.tensors(case), strict=True)
     )
     schedule = jax.block_until_ready((*plan.mask().schedule(), plan.slots))
-    return _kernel_call(settings.backend, tiles), (q, k, v, plan, schedule), plan
+    return _kernel_call(settings.backend, tiles), (q, k, v, plan, schedule), plan, tiles and asdict(tiles)
 
 
 @lru_cache
@@ -145,7 +147,7 @@ def _path(job: Job, settings: Settings, timer: timing.Timer | None) -> Row:
     takes beyond the dense projections, and attend beyond its attention kernel.
     """
     case = sized(job, settings)
-    kernel_call, kernel_arguments, plan = kernel(case, job, settings)
+    kernel_call, kernel_arguments, plan, tiles = kernel(case, job, settings)
     x, weights, out_weight, norm, rope = _layer(case)
     calls = _path_calls(settings.backend, "cudnn" if settings.device.startswith("sm_") else "xla")
     spent: dict[str, timing.Timing] = {}
@@ -171,6 +173,7 @@ def _path(job: Job, settings: Settings, timer: timing.Timer | None) -> Row:
     return {
         **_facts(spent["our layer"]),
         **_worked(case, np.asarray(plan.mask().keep)),
+        "tiles": tiles,
         "parts_ms": ms,
         "dense_layer_ms": ms["dense layer"],
         "layer_speedup": ms["dense layer"] / ms["our layer"],
@@ -302,7 +305,8 @@ def _layer(case: Case) -> tuple[Any, ...]:
     scale = case.channels**-0.5
     weights = tuple((scale * jax.random.normal(key, shape, jnp.float32)).astype(case.dtype) for key in keys[1:4])
     out = (scale * jax.random.normal(keys[4], (*shape[1:], case.channels), jnp.float32)).astype(case.dtype)
-    angles = jnp.arange(case.grid.tokens)[:, None] * 10000.0 ** (-jnp.arange(case.head_dim // 2) / case.head_dim * 2)
+    rates = 10000.0 ** (-jnp.arange(case.head_dim // 2) / case.head_dim * 2)
+    angles = jnp.outer(jnp.arange(case.grid.tokens), rates)
     return x, weights, out, Norm("rms", jnp.ones(case.head_dim)), Rope(jnp.cos(angles), jnp.sin(angles))
 
 

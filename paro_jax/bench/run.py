@@ -51,8 +51,13 @@ def run(
 
 
 def status(rows: Iterable[Row]) -> int:
-    """The exit status: 1 where a row failed or ran out of memory. What is missing here is no failure."""
-    return int(any(row["status"] not in GOOD for row in rows))
+    """The exit status: 1 where a row failed or ran out of memory, or none of ours was measured.
+
+    What is missing here is no failure.
+    """
+    rows = list(rows)
+    ours = [row["status"] for row in rows if row["kind"] in ("attention", "tune")]
+    return int(any(row["status"] not in GOOD for row in rows) or (bool(ours) and "measured" not in ours))
 
 
 def _not_reached(job: Job, budget: float) -> Row:
