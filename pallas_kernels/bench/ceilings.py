@@ -24,7 +24,7 @@ def _problem(name: str, quick: bool) -> tuple[Callable[..., Any], tuple, float]:
     """(function, arguments, bytes or operations)."""
     if name == "copy":
         # An elementwise kernel: a plain copy is no kernel, and CUPTI would not see it.
-        x = jax.random.bits(jax.random.key(0), ((16 << 20) if quick else (256 << 20),), jnp.uint32)
+        x = jax.random.bits(jax.random.key(0), ((4 << 20) if quick else (256 << 20),), jnp.uint32)
         return jax.jit(jnp.bitwise_not), (x,), 2 * x.nbytes
     n, dtype = 512 if quick else 8192, jnp.dtype(name)
     keys = jax.random.split(jax.random.key(0))

@@ -45,6 +45,9 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--widths", type=_widths, nargs="+", metavar="QK/PV", help="(default bf16/bf16 int8/int8 fp8/fp8 int8/bf16)"
     )
+    parser.add_argument(
+        "--kinds", choices=["attention", "peer", "path", "scaling"], nargs="+", help="of rows (default all)"
+    )
     parser.add_argument("--masks", choices=["calibrated", "random"], nargs="+", help="(default both)")
     parser.add_argument(
         "--block", type=_show.positive, nargs=2, metavar="B", help="(default 128 128 on sm_90, else 64 64)"
@@ -172,7 +175,7 @@ def _plan(args: argparse.Namespace, settings: Settings) -> list[Job]:
     if args.quick:
         options |= {"workloads": ("cogvideox_5b", "flux_2048"), "widths": (("bf16", "bf16"), ("int8", "int8"))}
     options |= {"scaling": _scaling(args, settings)}
-    for name in ("workloads", "widths", "masks"):
+    for name in ("workloads", "widths", "masks", "kinds"):
         if getattr(args, name):
             options[name] = tuple(dict.fromkeys(getattr(args, name)))
     return jobs.jobs(settings, **options)

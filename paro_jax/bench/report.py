@@ -111,11 +111,8 @@ def targets(rows: Sequence[Row], backend: str) -> list[Row]:
     share = path["overhead_of_dense_attention"] if path else None
     found.append(_at_most("permute + quantise + mask over dense attention, 17776 tokens", 0.01, share))
     line = linearity(rows)
-    found.append(
-        _at_most(
-            "scaling: slope of log time over log kept blocks, from 1", 0.05, abs(line["slope"] - 1) if line else None
-        )
-    )
+    off = abs(line["slope"] - 1) if line else None
+    found.append(_at_most("scaling: slope of log time over log kept blocks, from 1", 0.05, off))
     return found
 
 
