@@ -3,6 +3,7 @@
 # make test-oldest the tests with the oldest jax we support
 # make compile-report  compile the GPU kernels without a GPU and say what they became (installs 1.4 GB)
 # make compile-test    the tests that need that compiler
+# make covering-test   each width, head_dim, block and length beside each other, in the interpreter (minutes)
 # make bench-gpu   the benchmark on this GPU, at most 8 minutes; writes out/bench-gpu/ (docs/benchmarks.md)
 # make lint        ruff and pyright
 # make notebooks   run notebooks/*.py and write the .ipynb beside each
@@ -31,7 +32,7 @@ GPU := .venv-gpu/.gpu-$(KEY)
 GPU_PYTHON ?=
 DEV_OLDEST := .venv-oldest/.dev-$(KEY)
 
-.PHONY: help demo test test-oldest compile-report compile-test bench-gpu lint notebooks train clean clean-all
+.PHONY: help demo test test-oldest compile-report compile-test covering-test bench-gpu lint notebooks train clean clean-all
 .DELETE_ON_ERROR:
 
 help:
@@ -50,8 +51,10 @@ compile-report: $(COMPILE)
 	@JAX_PLATFORMS=cpu .venv-cuda/bin/python -m paro_jax compile-report $(ARGS)
 
 compile-test: $(COMPILE)
-	@JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest -n $(WORKERS) tests/test_hopper.py tests/test_arrange_hopper.py \
-		-k "compiles or keeps_its_bound" $(ARGS)
+	@JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest -n $(WORKERS) -m compile $(ARGS)
+
+covering-test: $(DEV)
+	@$(PY) -m pytest -n $(WORKERS) -m covering $(ARGS)
 
 # 450 of the 480 seconds are for rows; a row that was begun and the chart come after.
 bench-gpu: $(if $(GPU_PYTHON),,$(GPU))

@@ -36,7 +36,7 @@ class Request:
     p_scale: str = "block"
     device: str = "cpu"
     role: str = ""
-    layout: str = "rows"  # "rows" | "hopper"; see arrange
+    layout: str = "rows"  # see arrange
     features: tuple[str, ...] = ()  # what is asked for beyond widths, of FEATURES
 
     def __str__(self) -> str:
@@ -50,12 +50,15 @@ class Request:
 
 
 class Backend(NamedTuple):
-    """One implementation of one op. `default` False: serves only when it is named."""
+    """One implementation of one op. `default` False: serves only when it is named. `layouts`: of the operands that
+    attention reads, the one that it should get first.
+    """
 
     name: str
     why_not: Callable[[Request], str | None]
     run: Callable[..., Any]
     default: bool = True
+    layouts: tuple[str, ...] = ("rows",)
     candidates: Callable[[Request], Sequence[Any]] | None = None  # its tiles, the likely fastest first; for `tiles=`
 
 

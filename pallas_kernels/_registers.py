@@ -24,6 +24,33 @@ def mosaic() -> Any:
     return mosaic_gpu
 
 
+def tiled_layout(tiles: tuple[tuple[int, ...], ...], warps: tuple[int, ...], lanes: tuple[int, ...]) -> Any:
+    """Who holds what: Mosaic's layout of these tiles, its vectors along the last dimension."""
+    from jax.experimental.mosaic.gpu import fragmented_array as fa
+
+    layout = fa.TiledLayout(
+        fa.Tiling(tiles), warp_dims=warps, lane_dims=lanes, vector_dim=-1, _check_canonical=False
+    ).canonicalize()
+    return mosaic().Layout.TILED(
+        layout.tiling, warp_dims=layout.warp_dims, lane_dims=layout.lane_dims, vector_dim=layout.vector_dim
+    )
+
+
+def row_layout(columns: int, vector: int) -> Any:
+    """A thread holds `vector` columns and its neighbour the next ones, so that warps load and store whole rows."""
+    height = row_layout_height(columns, vector)
+    width = 128 // height * vector
+    return tiled_layout(((height, width), (height // 4, width), (vector,)), (-5,), (-3, -2))
+
+
+def row_layout_height(columns: int, vector: int) -> int:
+    """Rows that the 128 threads of `row_layout` hold at once."""
+    across = 1
+    while across < 32 and columns // vector % (2 * across) == 0:
+        across *= 2
+    return 128 // across
+
+
 def key_major(v: jax.Array, block: int, *, permuted: bool) -> jax.Array:
     """v [B, H, N, D] -> [B, H, D, N up to whole blocks]; `permuted`: keys by KEY_ORDER inside each 16.
 
@@ -34,6 +61,17 @@ def key_major(v: jax.Array, block: int, *, permuted: bool) -> jax.Array:
     if permuted:
         v = v.reshape(batch, heads, -1, 16, dim)[:, :, :, jnp.asarray(KEY_ORDER)].reshape(batch, heads, -1, dim)
     return jnp.swapaxes(v, 2, 3)
+
+
+def fence() -> None:
+    """One instruction, no wait for others: what a thread read of shared memory stays before later bulk copies to it."""
+    from jaxlib.mlir.dialects import nvvm
+
+    def between_proxies(ctx: Any) -> None:
+        nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
+
+    inline: Any = mosaic().inline_mgpu()
+    inline(between_proxies)()
 
 
 def pack(p: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -36,7 +36,7 @@ def device_slug() -> str:
 
 def key(request: Request, backend: str) -> dict[str, Any]:
     """What a row of a table is about, tokens apart: these decide which tiles fit and which are fast."""
-    names = ("op", "head_dim", "dtype", "block", "qk", "pv", "p_scale")
+    names = ("op", "head_dim", "dtype", "block", "qk", "pv", "p_scale", "layout")
     facts = {name: getattr(request, name) for name in names}
     return {"backend": backend, **facts, "block": list(request.block)}
 

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from pallas_kernels._check import WIDTHS
 from pallas_kernels._choose import NoBackend, Request
+from pallas_kernels._packed import KEYS, PACKED
 from pallas_kernels.arrange import Norm, Rope
 from pallas_kernels.arrange import mosaic as arrange_hopper
 from pallas_kernels.block_attention import hopper
@@ -32,7 +33,10 @@ Row = dict[str, Any]
 Progress = Callable[[str], None]
 
 WORKLOADS = ("cogvideox_5b", "wan_14b_720p", "flux_1024")
-KINDS = (("bf16", "bf16", "block"), ("fp8", "fp8", "block"), ("int8", "int8", "block"), ("int8", "int8", "running"))
+KINDS = (
+    ("bf16", "bf16", "block", "rows"), ("fp8", "fp8", "block", "rows"), ("int8", "int8", "block", "rows"),
+    ("int8", "int8", "running", "rows"), ("int4", "int4", "block", PACKED),
+)  # fmt: skip
 SHAPES = ((64, 64), (128, 128))
 
 # An H100 or H200 as XLA describes one, which is all its compiler asks of a GPU.
@@ -123,9 +127,9 @@ def kernels(target: str) -> Iterator[tuple[str, Request]]:
     device = _target(target).device
     for name in WORKLOADS:
         for block in SHAPES:
-            for qk, pv, p_scale in KINDS:
-                request = replace(NAMED[name], block=block, qk=qk, pv=pv, p_scale=p_scale, device=device)
-                rule = "" if p_scale == "block" else f" {p_scale}"
+            for qk, pv, p_scale, layout in KINDS:
+                request = replace(NAMED[name], block=block, qk=qk, pv=pv, p_scale=p_scale, device=device, layout=layout)
+                rule = ("" if p_scale == "block" else f" {p_scale}") + (" packed" if layout == PACKED else "")
                 yield f"{name} {qk}/{pv} {block[0]}x{block[1]}{rule}", request
         for role in ("q", "k", "v"):
             request = replace(NAMED[name], op="arrange", block=(128, 128), qk="int8", pv="int8", device=device)
@@ -155,8 +159,11 @@ def measure(name: str, request: Request, target: str, progress: Progress = lambd
         sass, facts = compile_ahead(request, target, Path(folder))
     loop = main_loop(sass)
     tiles = hopper.candidates(request)[0]
-    instructions, clocks = per_block(loop.instructions, hopper.ROWS * tiles.keys)
-    _, every = per_block(loop.every, hopper.ROWS * tiles.keys)
+    # A warpgroup's step is 64 rows; a producer that unpacks does it for all 128 of a program.
+    unpacks = hopper.packed(request.qk, request.pv, request.layout)
+    producer = main_loop(sass, _stores).instructions if unpacks else []
+    instructions, clocks = per_block(loop.instructions, hopper.ROWS * tiles.keys, producer)
+    _, every = per_block(loop.every, hopper.ROWS * tiles.keys, producer)
     return {
         "name": name,
         "target": target,
@@ -179,7 +186,9 @@ def _measure_arrange(name: str, request: Request, target: str, progress: Progres
         sass, facts = compile_ahead(request, target, Path(folder))
     width, group = (request.pv if request.role == "v" else request.qk), _GROUP[request.role]
     dim = hopper.padded_dim(request.head_dim)
-    (tiles, *_) = arrange_hopper.candidates(dim, width, group, request.block[1], request.role == "v")
+    halved = request.layout == PACKED and width == "int4" and request.role != "q"
+    pairs = halved and request.role == "k"
+    (tiles, *_) = arrange_hopper.candidates(dim, width, group, request.block[1], request.role == "v", pairs)
     code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.]+)", sass)
     instructions, clocks = per_block([op for op in code if op != "NOP"], 128 * tiles.tokens)
     moved = arrange_hopper.bytes_moved(request, width=width, group=group, rope=False)
@@ -189,7 +198,7 @@ def _measure_arrange(name: str, request: Request, target: str, progress: Progres
         "name": name,
         "target": target,
         **facts,
-        "shared_memory": tiles.tokens * dim * jnp.dtype(WIDTHS[width].store or request.dtype).itemsize,
+        "shared_memory": tiles.tokens * dim * jnp.dtype(WIDTHS[width].store or request.dtype).itemsize // (1 + halved),
         "tensor_instructions": [],
         "instructions": instructions,
         "clocks": clocks,
@@ -198,16 +207,34 @@ def _measure_arrange(name: str, request: Request, target: str, progress: Progres
     }
 
 
-def per_block(instructions: list[str], scores: int) -> tuple[dict[str, float], dict[str, float]]:
-    """(warp instructions, clocks) by unit for 128 x 128 scores, when `instructions` do `scores` in 4 warps."""
+def per_block(
+    instructions: list[str], scores: int, producer: list[str] | None = None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """(warp instructions, clocks) by unit for 128 x 128 scores, when `instructions` do `scores` in 4 warps.
+
+    producer: what 4 more warps do for twice as many scores.
+    """
     warps = 4 * 128 * 128 / scores
-    names = [op.split(".")[0] for op in instructions]
-    counts = {unit: warps * sum(name in opcodes for name in names) for unit, (opcodes, _) in _UNITS.items()}
-    clocks = {unit: counts[unit] / rate for unit, (_, rate) in _UNITS.items()}
+    weighed = [(op, warps) for op in instructions] + [(op, warps / 2) for op in producer or []]
+    counts, clocks = {}, {}
+    for unit, (opcodes, rate) in _UNITS.items():
+        used = [(op, times) for op, times in weighed if op.split(".")[0] in opcodes]
+        counts[unit] = sum(times for _, times in used)
+        clocks[unit] = sum(times * (_wavefronts(op) if unit == "shared" else 1) for op, times in used) / rate
     macs = sum(_macs(op) / _MACS[op.split(".")[0]] for op in tensor(instructions))
-    counts |= {"tensor": warps * len(tensor(instructions)), "all": warps * len(instructions)}
+    counts |= {"tensor": warps * len(tensor(instructions)), "all": sum(times for _, times in weighed)}
     clocks |= {"tensor": warps / 4 * macs, "issue": counts["all"] / _ISSUE}
     return counts, clocks
+
+
+def _wavefronts(op: str) -> int:
+    """How often 128 bytes of shared memory a warp's access takes, by the width in its name: STS.128."""
+    return {"64": 2, "128": 4}.get(op.split(".")[-1], 1)
+
+
+def _stores(instructions: list[str]) -> list[str]:
+    """What only a producer that unpacks has in a loop without tensor instructions."""
+    return [op for op in instructions if op.split(".")[0] == "STS"] if not tensor(instructions) else []
 
 
 def _macs(op: str) -> int:
@@ -289,10 +316,19 @@ def lower(request: Request, target: str) -> Any:
     lead = request.batch, request.heads
     nq, nk = -(-request.q_tokens // request.block[0]), -(-request.kv_tokens // request.block[1])
     qk, pv = (WIDTHS[width].store or jnp.dtype(request.dtype) for width in (request.qk, request.pv))
+    k_shape, v_shape = [(*lead, request.kv_tokens, request.head_dim)] * 2
+    options = {}
+    if request.layout != "rows":
+        packed = hopper.packed(request.qk, request.pv, request.layout)
+        options = dict(layout=request.layout, kv_tokens=request.kv_tokens)
+        if "k" in packed:
+            k_shape = (*lead, -(-request.kv_tokens // (2 * KEYS)) * KEYS, request.head_dim)
+        if request.pv != "bf16":
+            v_shape = (*lead, request.head_dim // (1 + ("v" in packed)), nk * request.block[1])
     arrays = [
         like(*lead, request.q_tokens, request.head_dim, dtype=qk),
-        like(*lead, request.kv_tokens, request.head_dim, dtype=qk),
-        like(*lead, request.kv_tokens, request.head_dim, dtype=pv),
+        like(*k_shape, dtype=qk),
+        like(*v_shape, dtype=pv),
         like(request.heads, nq, dtype=jnp.int32),
         like(request.heads, nq, nk, dtype=jnp.int32),
         like(request.heads, request.q_tokens, dtype=jnp.int32),
@@ -302,7 +338,7 @@ def lower(request: Request, target: str) -> Any:
     ]
     run = partial(
         hopper.run, block=request.block, scale=request.head_dim**-0.5, qk=request.qk, pv=request.pv,
-        p_scale=request.p_scale, out_dtype=jnp.dtype(request.dtype),
+        p_scale=request.p_scale, out_dtype=jnp.dtype(request.dtype), **options,
     )  # fmt: skip
     return jax.jit(run).lower(*arrays).compile()
 
@@ -344,8 +380,8 @@ class _Instruction(NamedTuple):
     falls: bool  # whether the next instruction may follow
 
 
-def main_loop(sass: str) -> Loop:
-    """The smallest loop with the most tensor instructions, in nvdisasm's text."""
+def main_loop(sass: str, wanted: Callable[[list[str]], list[str]] = tensor) -> Loop:
+    """The smallest loop with the most tensor instructions, or others that are wanted, in nvdisasm's text."""
     code: list[_Instruction] = []
     labels: dict[str, int] = {}
     for line in sass.splitlines():
@@ -378,27 +414,30 @@ def main_loop(sass: str) -> Loop:
             if (i := todo.pop()) not in inside:
                 inside.add(i)
                 todo += before[i]
-        if path := _shortest(code, follow, start, ends, inside):
+        if not wanted([code[i].name for i in sorted(inside)]):
+            continue
+        if path := _shortest(code, follow, start, ends, inside, wanted):
             loops.append(Loop([code[i].name for i in path], [code[i].name for i in sorted(inside)]))
-    best = max(loops, key=lambda loop: (len(tensor(loop.instructions)), -len(loop.every)), default=None)
-    if best is None or not tensor(best.instructions):
+    best = max(loops, key=lambda loop: (len(wanted(loop.instructions)), -len(loop.every)), default=None)
+    if best is None or not wanted(best.instructions):
         raise RuntimeError("the machine code has no loop with tensor instructions; a Hopper kernel's has one")
     return best
 
 
 def _shortest(
-    code: list[_Instruction], follow: list[list[int]], start: int, ends: list[int], inside: set[int]
-) -> list[int]:
-    """The way from `start` to one of `ends` past most tensor instructions, and of those the one with fewest others.
+    code: list[_Instruction], follow: list[list[int]], start: int, ends: list[int], inside: set[int],
+    wanted: Callable[[list[str]], list[str]],
+) -> list[int]:  # fmt: skip
+    """The way from `start` to one of `ends` past most wanted instructions, and of those the one with fewest others.
 
     Forward only: neither into a loop inside nor to code that lies behind the loop. Empty where there is none.
     """
-    cost = {start: (-len(tensor([code[start].name])), 1)}
+    cost = {start: (-len(wanted([code[start].name])), 1)}
     came: dict[int, int] = {}
     for i in sorted(inside):
         for j in follow[i] if i in cost else ():
             if i < j and j in inside:
-                new = (cost[i][0] - len(tensor([code[j].name])), cost[i][1] + 1)
+                new = (cost[i][0] - len(wanted([code[j].name])), cost[i][1] + 1)
                 if j not in cost or new < cost[j]:
                     cost[j], came[j] = new, i
     reached = [end for end in ends if end in cost]

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from pallas_kernels import Norm, Rope, _hadamard
+from pallas_kernels import Norm, Request, Rope, _hadamard, device_name
 from pallas_kernels._check import concrete
 from pallas_kernels.arrange import arrange as _kernel_arrange
 from pallas_kernels.block_attention import block_attention as _kernel_block_attention
+from pallas_kernels.block_attention import operand_layout, reader
 from paro_jax._grid import TokenGrid
 from paro_jax._plan import AttentionPlan
 from paro_jax._quant import QuantSpec, Width
@@ -187,8 +188,12 @@ def attend(
     """
     scale = _check_scale(scale)
     plan = _check_plan(plan)
-    implementation = implementation or (q.layout if isinstance(q, TokenBlocks) and q.layout != "rows" else None)
-    _check_blocks(q, k, v, plan, _layout(plan, implementation))
+    layout = q.layout if isinstance(q, TokenBlocks) else "rows"
+    if implementation is None:
+        implementation = reader(layout)
+    elif isinstance(q, TokenBlocks):
+        layout = _layout(plan, q.values.shape[0], q.head_dim, q.dtype, implementation)
+    _check_blocks(q, k, v, plan, layout)
     return _attended(q, k, v, plan, scale, implementation, return_residual)
 
 
@@ -228,7 +233,7 @@ def _projected(x, kernel, bias, plan, role, norm, rope, implementation):
 
 @partial(jax.jit, static_argnames=("role", "implementation"))
 def _arranged(x, plan, role, norm, rope, implementation) -> TokenBlocks:
-    layout = _layout(plan, implementation)
+    layout = _layout(plan, x.shape[0], x.shape[-1], str(x.dtype), implementation)
     return _rounded(x, plan.slots, plan, _arranged_at(plan), role, norm, rope, layout, implementation)
 
 
@@ -297,7 +302,7 @@ def _attended(
 
         def at(quant):
             local = replace(plan, quant=quant, wide=None, wide_quant=None)
-            layout = _layout(local, implementation)
+            layout = _layout(local, q.values.shape[0], q.head_dim, q.dtype, implementation)
             # [B, heads, N, D] in kernel order back to the axes that `arrange` takes.
             rounded = [
                 _rounded(jnp.swapaxes(x.values, 1, 2), None, local, quant, x.role, None, None, layout, implementation)
@@ -332,6 +337,7 @@ def _attended(
         out_dtype=dtype if v.mean is None else jnp.float32,
         layout=v.layout,
         head_dim=v.head_dim,
+        kv_tokens=plan.grid.tokens,
         implementation=implementation,
         tiles=tiles,
         return_residual=True,
@@ -452,9 +458,17 @@ def _check_tokens(name: str, x: jax.Array, plan: AttentionPlan, like: jax.Array 
         raise ValueError(f"{name} must have the dtype of query, {like.dtype}; got {x.dtype}. Cast one of them.")
 
 
-def _layout(plan: AttentionPlan, implementation: str | None) -> Literal["rows", "hopper"]:
-    """The layout that an implementation reads: its own where it has one, unless `attend` is yet to round."""
-    return "hopper" if implementation == "hopper" and plan.wide is None else "rows"
+def _layout(plan: AttentionPlan, batch: int, head_dim: int, dtype: str, implementation: str | None) -> Any:
+    """The layout that q, k and v are to have: that of the backend which `attend` will choose."""
+    tokens, quant = plan.grid.tokens, plan.quant
+    if plan.wide is not None:  # `attend` is yet to round
+        return "rows"
+    request = Request(
+        "block_attention", batch, plan.heads, tokens, tokens, head_dim, dtype, plan.block, quant.qk, quant.pv,
+        quant.p_scale, device_name(), layout="hopper_packed" if quant.packed else "rows",
+        features=("delta",) if quant.smooths_q else (),
+    )  # fmt: skip
+    return operand_layout(request, implementation)
 
 
 def _check_blocks(q: Any, k: Any, v: Any, plan: AttentionPlan, layout: str) -> None:

@@ -29,7 +29,11 @@ class QuantSpec:
     `qk_rotate`: turn the channels of q and k by a random-sign Hadamard matrix, which q k^T does not notice
     (FlashAttention-3's incoherent processing). No effect when qk is "bf16".
 
-    Presets of published methods: `paro_jax.recipes`. Raises ValueError for a value outside these sets.
+    `packed`: K and V of width "int4" are stored two values to a byte, in backends that read that (Hopper's); the others
+    refuse. No bit of a result changes.
+
+    Presets of published methods: `paro_jax.recipes`. Raises ValueError for a value outside these sets, and for `packed`
+    where nothing is "int4".
     """
 
     qk: Width = "bf16"
@@ -42,6 +46,7 @@ class QuantSpec:
     smooth_q: bool = False
     smooth_v: bool = False
     qk_rotate: bool = False
+    packed: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -52,6 +57,10 @@ class QuantSpec:
                 raise ValueError(
                     f"QuantSpec {field.name} must be one of {', '.join(map(repr, allowed))}; got {value!r}."
                 )
+        if self.packed and "int4" not in (self.qk, self.pv):
+            raise ValueError(
+                f"QuantSpec packed must be False unless qk or pv is 'int4'; got qk={self.qk!r} and pv={self.pv!r}."
+            )
 
     @property
     def quantised(self) -> bool:

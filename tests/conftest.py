@@ -5,6 +5,7 @@ draws the same examples on every machine. No hook checks types: our pytrees hold
 which it would take for wrong arrays, and public functions check shapes themselves, with better words.
 """
 
+import os
 import sys
 
 import hypothesis
@@ -14,6 +15,13 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# pytest -m gpu -n 8: eight processes share the device's memory, none may take most of it at its start.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+# XLA's threads on a CPU. An interpreted kernel keeps one for each of its three warpgroups while they wait for each
+# other; where a core means a thread and there are two, it hangs.
+os.environ.setdefault("NPROC", "8")
+
 hypothesis.settings.register_profile("paro", deadline=None, derandomize=True, database=None, print_blob=False)
 hypothesis.settings.load_profile("paro")
 
@@ -22,6 +30,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("parity", "live comparison with torch and diffusers (pytest -m parity)")
     group.addoption("--peer-python", metavar="PATH", default=sys.executable, help="a python that has them")
     group.addoption("--peer-seed", metavar="N", type=int, default=1, help="of the weights and inputs (default 1)")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `compile` need the CUDA compiler packages, and say what is missing."""
+    if item.get_closest_marker("compile") is not None:
+        from pallas_kernels import compile_report
+
+        if reason := compile_report.missing():
+            pytest.skip(reason)
 
 
 @pytest.fixture

@@ -1,11 +1,16 @@
 """Generated problems for floor 0: hypothesis strategies, builders, and oracles written in numpy float64."""
 
+import collections
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 from pallas_kernels import arrange, block_attention
@@ -24,6 +29,16 @@ MASKS = (
     "runs of 2",
     "runs of 3",
 )
+# Every pair of products that differ on Hopper; int4 is int8 with other levels.
+PAIRS = (*((qk, pv) for qk in ("bf16", "fp8", "int8") for pv in ("bf16", "fp8", "int8")), ("int4", "int4"))
+# Tokens of queries and keys, by what they are to blocks of 64 and 128.
+TOKENS = {
+    "whole blocks": (128, 128),
+    "odd tail": (67, 67),
+    "q is not kv": (70, 130),
+    "one block": (64, 64),
+    "one": (1, 1),
+}
 WIDTHS = (("bf16", "bf16"), ("int8", "int8"), ("int4", "int4"), ("fp8", "fp8"), ("int8", "bf16"), ("bf16", "int8"))
 
 # Largest |o - exact| / max |v|: a few roundings of the stored dtype.
@@ -166,6 +181,73 @@ class Problem:
         return self.to_model(o), self.to_model(lse)
 
 
+def covering(**axes: Sequence[Any]) -> list[dict[str, Any]]:
+    """Every value of the first axis with every one of the second; each other value beside each of every other axis at
+    least once, as far as that many rows allow (greedy; `assert_covered` says whether they did)."""
+    (one, first), (two, second), *others = axes.items()
+    seen: collections.Counter = collections.Counter()
+    rows = []
+    for (i, a), (j, b) in itertools.product(enumerate(first), enumerate(second)):
+        row = {one: a, two: b}
+        for name, values in others:
+            shift = (i + 2 * j) % len(values)  # among equals another one in every row
+            beside = {value: [seen[other, row[other], name, value] for other in row] for value in values}
+            row[name] = max(
+                [*values[shift:], *values[:shift]],
+                key=lambda value, beside=beside: (beside[value].count(0), -sum(beside[value])),
+            )
+            seen.update((other, row[other], name, row[name]) for other in row)
+        rows.append(row)
+    return rows
+
+
+# What a problem for the Hopper kernel is made of; the reference and XLA see the same ones.
+AXES: dict[str, Sequence[Any]] = dict(
+    widths=PAIRS,
+    head_dim=(64, 96, 128, 256, 40),
+    tokens=tuple(TOKENS),
+    block=((64, 64), (128, 64), (128, 128)),
+    mask=("ones", "random", "empty rows", "last skipped"),
+    groups=(("row", "block", "channel"), ("block", "row", "block")),  # of q, k, v
+    p_scale=("block", "running"),
+    permuted=(True, False),
+)
+
+
+def problem_of(widths, tokens, groups=("row", "block", "channel"), **facts) -> Problem:
+    """The problem that a row of `AXES` names; a product of 16-bit floats is one of bfloat16.
+
+    tokens: a class in TOKENS, or (queries, keys).
+    """
+    names = ("qk", "pv", "q_tokens", "kv_tokens", "q_group", "k_group", "v_group")
+    facts |= dict(zip(names, (*widths, *TOKENS.get(tokens, tokens), *groups), strict=True))
+    return Problem(**dict(heads=1, dtype="bfloat16" if "bf16" in widths else "float32") | facts)
+
+
+def covering_rows() -> list[Any]:
+    """`covering(**AXES)` as parameters of a test: ten rows that have every value of every axis; the others, which pair
+    them all, are marked `covering`."""
+    rows = covering(**AXES)
+    few = [5 * i + (3 * i + 2) % 5 for i in range(10)]
+    assert all({str(rows[i][name]) for i in few} == set(map(str, values)) for name, values in AXES.items())
+    marks = {i: () if i in few else pytest.mark.covering for i in range(len(rows))}
+    return [pytest.param(row, id=row_id(row), marks=marks[i]) for i, row in enumerate(rows)]
+
+
+def row_id(row: dict[str, Any]) -> str:
+    """What a row of `AXES` is called, in its first four words."""
+    qk, pv = row["widths"]
+    bq, bk = row["block"]
+    return f"{qk} {pv} {row['head_dim']} {bq}x{bk} {row['tokens']}"
+
+
+def assert_covered(rows: Sequence[dict[str, Any]], axes: dict[str, Sequence[Any]]) -> None:
+    """Each value of each axis stands beside each value of every other one in some row."""
+    for one, two in itertools.combinations(axes, 2):
+        missing = set(itertools.product(axes[one], axes[two])) - {(row[one], row[two]) for row in rows}
+        assert not missing, (one, two, sorted(missing, key=str))
+
+
 def dense_softmax(q, k, v, elements: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
     """Masked softmax attention in float64: (o [B, H, Nq, D], lse [B, H, Nq]); an empty row gives 0 and -inf."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
@@ -179,37 +261,49 @@ def dense_softmax(q, k, v, elements: np.ndarray, scale: float) -> tuple[np.ndarr
         return o, (top + np.log(total))[..., 0]
 
 
-def emulated(problem: Problem) -> np.ndarray:
-    """The integer arithmetic of one problem, block by block with real int32 products: o [B, H, Nq, D], kernel order."""
+def emulated(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """The arithmetic of one problem at any widths, in float64, row of blocks by row of blocks, real int32 products:
+    (o [B, H, Nq, D], lse [B, H, Nq]), kernel order."""
     stored, (bq, bk) = {k: np.asarray(v) for k, v in problem.operands.items() if v is not None}, problem.block
-    levels = {"int8": 127, "int4": 15}[problem.pv]
+    batch, heads, levels = problem.batch, problem.heads, {"bf16": 1, "fp8": 448, "int8": 127, "int4": 15}[problem.pv]
+    integers = {width: np.int32 for width in ("int8", "int4")}
 
     def per_token(name: str, tokens: int, block: int) -> np.ndarray:
-        scales = stored[name]
-        return (scales if scales.shape[-1] == tokens else scales.repeat(block, -1)[..., :tokens]).astype(np.float32)
+        scales = stored.get(name, np.ones((batch, heads, tokens)))
+        return scales if scales.shape[-1] == tokens else scales.repeat(block, -1)[..., :tokens]
 
-    q_scale = per_token("q_scale", problem.q_tokens, bq) * np.float32(problem.scale * np.log2(np.e))
+    def rounded(p: np.ndarray) -> np.ndarray:
+        """P in [0, 1] in levels."""
+        if problem.pv in integers:
+            return np.rint(levels * p)
+        kind = {"bf16": problem.dtype, "fp8": jnp.float8_e4m3fn}[problem.pv]
+        return p if kind == "float32" else (levels * p).astype(np.float32).astype(kind).astype(np.float64)
+
+    q_scale = per_token("q_scale", problem.q_tokens, bq) * problem.scale * np.log2(np.e)
     k_scale = per_token("k_scale", problem.kv_tokens, bk)
-    out = np.zeros(stored["q"].shape)
-    for b, h, i in np.ndindex(problem.batch, problem.heads, problem.keep.shape[1]):
-        rows = slice(i * bq, (i + 1) * bq)
-        q = stored["q"][b, h, rows].astype(np.int32)
-        top, total, acc = np.full((len(q), 1), -np.inf), 0.0, 0.0
-        for j in np.flatnonzero(problem.keep[h, i]):
-            keys = slice(j * bk, (j + 1) * bk)
-            product = q @ stored["k"][b, h, keys].astype(np.int32).T
-            s = product.astype(np.float32) * (q_scale[b, h, rows, None] * k_scale[b, h, None, keys])
-            new_top = np.maximum(top, s.max(axis=1, keepdims=True))
-            block_top = s.max(axis=1, keepdims=True) if problem.p_scale == "block" else new_top
-            p = np.rint(np.float32(levels) * np.exp2(s - block_top.astype(np.float32))).astype(np.int32)
-            weight, fade = np.exp2(block_top - new_top), np.exp2(top - new_top)
-            v_scale = stored["v_scale"][b, h, 0 if stored["v_scale"].shape[2] == 1 else j]
-            values = stored["v"][b, h, keys].astype(np.int32)
-            total = total * fade + weight * p.sum(axis=1, keepdims=True)
-            acc = acc * fade + weight * (p @ values) * v_scale
-            top = new_top
-        out[b, h, rows] = acc / total if problem.keep[h, i].any() else 0.0
-    return out
+    q, k = (stored[x].astype(integers.get(problem.qk, np.float64)) for x in "qk")
+    v = stored["v"].astype(integers.get(problem.pv, np.float64))
+    out, lse = np.zeros(q.shape), np.full(q.shape[:3], -np.inf)
+    for b, h, i in np.ndindex(batch, heads, problem.keep.shape[1]):
+        rows, kept = slice(i * bq, (i + 1) * bq), np.flatnonzero(problem.keep[h, i])
+        s = (q[b, h, rows] @ k[b, h].T) * q_scale[b, h, rows, None] * k_scale[b, h, None]
+        blocks = [slice(j * bk, (j + 1) * bk) for j in kept]
+        tops = [s[:, keys].max(axis=1, keepdims=True) for keys in blocks]
+        whole = np.max(tops, axis=0) if tops else 0.0
+        if problem.pv == "bf16":
+            tops = [whole] * len(tops)
+        elif problem.p_scale == "running":
+            tops = list(np.maximum.accumulate(tops)) if tops else tops
+        total, acc = 0.0, 0.0
+        for j, keys, top in zip(kept, blocks, tops, strict=True):
+            p, weight = rounded(np.exp2(s[:, keys] - top)), np.exp2(top - whole)
+            product = p.astype(v.dtype) @ v[b, h, keys]
+            scale = 1.0 if problem.pv == "bf16" else stored["v_scale"][b, h, 0 if problem.v_group == "channel" else j]
+            total, acc = total + weight * p.sum(axis=1, keepdims=True), acc + weight * product * scale
+        if len(kept):
+            out[b, h, rows] = acc / total
+            lse[b, h, rows] = np.log(2) * (whole + np.log2(total / levels))[:, 0]
+    return out, lse
 
 
 @st.composite

@@ -8,14 +8,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from problems import (
+    AXES,
     MASKS,
     ROUNDING,
     WIDTHS,
     Problem,
     assert_close,
+    assert_covered,
+    covering,
+    covering_rows,
     dense_softmax,
     emulated,
     keep_blocks,
+    problem_of,
     problems,
     schedule,
 )
@@ -92,7 +97,25 @@ def test_reference_multiplies_real_integers(width, groups, p_scale):
         q_group=q_group, k_group=k_group, v_group=v_group,
     )  # fmt: skip
     largest = float(jnp.abs(problem.qkv[2]).max())
-    assert_close(problem.solve("reference")[0], problem.to_model(emulated(problem)), 2e-3 * largest)
+    assert_close(problem.solve("reference")[0], problem.to_model(emulated(problem)[0]), 2e-3 * largest)
+
+
+def test_the_rows_below_pair_everything_with_everything():
+    rows = covering(**AXES)
+    assert_covered(rows, AXES)
+    with pytest.raises(AssertionError):
+        assert_covered(rows[1:], AXES)
+
+
+@pytest.mark.parametrize("row", covering_rows())
+def test_reference_is_its_arithmetic_at_any_widths(row):
+    """Against float64 and numpy: each pair of widths, head_dim, lengths, block, mask, groups and rule beside each."""
+    problem = problem_of(**row)
+    largest = float(np.abs(np.asarray(problem.qkv[2], np.float32)).max())
+    bounds = (max(ROUNDING[problem.dtype], 1e-5) * largest, 1e-5 if problem.dtype == "float32" else 2.0**-8)
+    expected = (problem.to_model(x) for x in emulated(problem))
+    for found, exact, bound in zip(problem.solve("reference"), expected, bounds, strict=True):
+        assert_close(found, exact, bound)
 
 
 @pytest.mark.parametrize(

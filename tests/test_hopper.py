@@ -1,18 +1,31 @@
 """The Hopper kernel on four rungs: reference, interpreter with race detection, ahead-of-time compile, a GPU itself."""
 
+import itertools
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import MASKS, ROUNDING, Problem, assert_close, schedule
+from problems import (
+    AXES,
+    MASKS,
+    PAIRS,
+    ROUNDING,
+    Problem,
+    assert_close,
+    assert_covered,
+    covering,
+    covering_rows,
+    problem_of,
+    row_id,
+    schedule,
+)
 
 from pallas_kernels import NoBackend, _registers, block_attention, choose, compile_report, device_name, interpret
 from pallas_kernels.block_attention import BACKENDS, hopper
 from pallas_kernels.workloads import WORKLOADS
 
-PAIRS = (("bf16", "bf16"), ("fp8", "fp8"), ("int8", "int8"), ("int8", "bf16"), ("int4", "int4"), ("bf16", "int8"))
 REQUEST = replace(WORKLOADS["cogvideox_5b"], device="sm_90")
 
 
@@ -28,29 +41,51 @@ def check(problem: Problem) -> None:
     o, lse = problem.solve("hopper")
     expected, expected_lse = problem.solve("reference")
     assert_close(o, expected, bound(problem))
-    assert_close(lse, expected_lse, 2e-2 if "bf16" in (problem.qk, problem.pv) else 1e-4)
+    assert_close(lse, expected_lse, lse_bound(problem))
+
+
+def lse_bound(problem: Problem) -> float:
+    return 2e-2 if "bf16" in (problem.qk, problem.pv) else 1e-4
+
+
+def check_where_exponentials_differ(problem: Problem) -> None:
+    """`check` on a GPU: an exponential's last bit decides how a P next to a half rounds, in one row of a thousand.
+
+    So does float64 against the reference. Such a row is a step of P off, relative to a sum that is at least 1.
+    """
+    step = {"bf16": 2.0**-8, "fp8": 2.0**-4, "int8": 1 / 127, "int4": 1 / 15}[problem.pv]
+    largest = float(np.abs(np.asarray(problem.qkv[2], np.float32)).max())
+    pairs = zip(problem.solve("hopper"), problem.solve("reference"), strict=True)
+    limits = ((bound(problem), 2 * step * largest), (lse_bound(problem), 2 * step))
+    for (found, expected), (usual, once) in zip(pairs, limits, strict=True):
+        assert_close(found, expected, max(usual, once))
+        found, expected = (
+            np.asarray(x, np.float64).reshape(problem.batch * problem.q_tokens * problem.heads, -1)
+            for x in (found, expected)
+        )
+        with np.errstate(invalid="ignore"):  # -inf less itself
+            off = (np.abs(found - expected) > usual).any(axis=1)
+        assert off.sum() <= 1 + len(off) // 200, f"{off.sum()} of {len(off)} rows"
 
 
 # ---- rungs 1 and 2: the reference, in the interpreter, races detected -----------------------------------------------
 
 TINY = dict(heads=2, q_tokens=70, kv_tokens=130, head_dim=64)
-CASES = {
-    "bf16, a query block without a partner": dict(dtype="bfloat16", q_tokens=130, mask="empty rows"),
-    "int8, one shared list": dict(qk="int8", pv="int8", block=(128, 128), mask="ones"),
-    "int8, the running rule": dict(qk="int8", pv="int8", block=(128, 64), p_scale="running"),
-    "int8, the running rule by blocks of V": dict(qk="int8", pv="int8", p_scale="running", v_group="block"),
-    "bf16 scores, int8 values": dict(pv="int8", dtype="bfloat16", p_scale="running", mask="empty rows"),
-    "fp8, head_dim padded": dict(qk="fp8", pv="fp8", head_dim=40, mask="first skipped"),
-    "int4, every other group": dict(qk="int4", pv="int4", q_group="block", k_group="row", v_group="block"),
-    "int8 scores, bf16 values": dict(qk="int8", dtype="bfloat16", block=(128, 64), permuted=False),
-}  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_interpreted_is_the_reference(case):
-    problem = Problem(**(dict(dtype="float32") | TINY | CASES[case]))
+@pytest.mark.parametrize("row", covering_rows())
+def test_interpreted_is_the_reference(row):
     with interpret():
-        check(problem)
+        check(problem_of(**row))
+
+
+def test_two_runs_give_equal_bits():
+    for widths in (dict(qk="int8", pv="int8"), dict(dtype="bfloat16")):
+        problem = Problem(**TINY | widths, mask="empty rows")
+        with interpret():
+            first, second = problem.solve("hopper"), problem.solve("hopper")
+        for a, b in zip(first, second, strict=True):
+            np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
 def test_however_large_the_factor_of_integer_scores():
@@ -154,12 +189,14 @@ def test_a_refusal_names_what_is_in_the_way(changed, reason):
 
 def test_the_interpreter_refuses_what_would_hang_it(monkeypatch):
     small, large = (replace(REQUEST, heads=2, q_tokens=n, kv_tokens=n) for n in (130, 4096))
+    monkeypatch.delenv("NPROC")
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     assert hopper.why_not(large) is None
     with interpret():
         assert hopper.why_not(small) is None
-        assert "needs 4 cores for arrays of 102400 bytes and more, this machine has 2" in str(hopper.why_not(large))
-        monkeypatch.setattr("os.cpu_count", lambda: 8)
+        refused = str(hopper.why_not(large))
+        assert "needs 4 threads for arrays of 98304 bytes and more, XLA has 2 here; set NPROC=8" in refused
+        monkeypatch.setenv("NPROC", "8")
         assert hopper.why_not(large) is None
 
 
@@ -212,34 +249,37 @@ def test_key_major_pads_transposes_and_permutes():
 
 # ---- rung 3: the compiler -------------------------------------------------------------------------------------------
 
-compiled = pytest.mark.skipif(compile_report.missing() is not None, reason=str(compile_report.missing()))
 MADE_OF = {"bf16": "HGMMA", "fp8": "QGMMA", "int8": "IGMMA"}  # the tensor instruction of a width's products
-# Every pair of widths at 128 channels and the largest block, where registers are shortest; elsewhere some.
-AHEAD = [(qk, pv, 128, (128, 128)) for qk in MADE_OF for pv in MADE_OF] + [
-    ("bf16", "bf16", 64, (64, 64)),
-    ("fp8", "fp8", 64, (128, 128)),
-    ("fp8", "fp8", 96, (128, 64)),
-    ("int8", "int8", 96, (128, 128)),
-]
+# Every pair of widths at 128 channels and the largest block, where registers are shortest; each pair at each other
+# head_dim, with blocks and a tail of keys in turn. int4 is the code of int8, other head dims that of the next.
+PAIRS_AHEAD = [pair for pair in PAIRS if "int4" not in pair]
+AHEAD = covering(widths=PAIRS_AHEAD, head_dim=(64, 96, 256), block=hopper.BLOCKS, tokens=(1001, 1024))
+AHEAD += covering(widths=PAIRS_AHEAD, head_dim=(128,), block=((128, 128),), tokens=(1001,))
+AHEAD += covering(widths=PAIRS_AHEAD[::4], head_dim=(128,), block=((64, 64), (128, 64)), tokens=(1024,))
 
 
-def ahead(**changed) -> compile_report.Row:
-    """The report's row of a length whose last keys are masked."""
-    request = replace(REQUEST, q_tokens=1000, kv_tokens=1000, heads=2, **changed)
+def ahead(tokens=1001, **changed) -> compile_report.Row:
+    """The report's row; of 1001 tokens, no multiple of anything, the last keys are masked."""
+    request = replace(REQUEST, q_tokens=tokens, kv_tokens=tokens, heads=2, **changed)
     return compile_report.measure(str(request), request, "sm_90a")
 
 
-@compiled
-@pytest.mark.slow
-@pytest.mark.parametrize(("qk", "pv", "head_dim", "block"), AHEAD, ids=str)
-def test_compiles_without_spills_to_the_intended_instruction(qk, pv, head_dim, block):
-    row = ahead(qk=qk, pv=pv, head_dim=head_dim, block=block)
-    assert row["spills"] == 0
-    assert {op.split(".")[0] for op in row["tensor_instructions"]} == {MADE_OF[qk], MADE_OF[pv]}
+def test_what_is_compiled_meets_in_pairs():
+    at = {"widths": PAIRS_AHEAD, "head_dim": (64, 96, 128, 256), "block": hopper.BLOCKS}
+    assert_covered(AHEAD, at)
 
 
-@compiled
-@pytest.mark.slow
+@pytest.mark.compile
+@pytest.mark.parametrize("row", AHEAD, ids=row_id)
+def test_compiles_to_the_intended_instruction(row):
+    """Without spills up to 128 channels; at 256 the accumulator alone is more registers than a thread has left."""
+    (qk, pv), dim = row["widths"], row["head_dim"]
+    made = ahead(qk=qk, pv=pv, head_dim=dim, block=row["block"], tokens=row["tokens"])
+    assert made["spills"] == 0 or dim == 256
+    assert {op.split(".")[0] for op in made["tensor_instructions"]} == {MADE_OF[qk], MADE_OF[pv]}
+
+
+@pytest.mark.compile
 @pytest.mark.parametrize("p_scale", ["block", "running"])
 @pytest.mark.parametrize(("head_dim", "bound"), [(128, 1.35), (64, 2.2)])
 def test_the_integer_loop_keeps_its_bound(head_dim, bound, p_scale):
@@ -253,28 +293,29 @@ def test_the_integer_loop_keeps_its_bound(head_dim, bound, p_scale):
 # ---- rung 4: the GPU ------------------------------------------------------------------------------------------------
 
 
+# The classes of TOKENS, long enough for a ring of stages to come round many times.
+LONG = ((1024, 512), (777, 777), (1030, 770), (64, 64), (1, 1))
+FOUR = {name: AXES[name] for name in ("widths", "head_dim", "block")} | {"tokens": LONG}
+EVERY = [dict(zip(FOUR, row, strict=True)) for row in itertools.product(*FOUR.values())]
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("hopper_here")
-@pytest.mark.parametrize("lengths", [(1, 1), (128, 128), (200, 450), (1030, 770)], ids=str)
-@pytest.mark.parametrize("block", hopper.BLOCKS, ids=str)
-@pytest.mark.parametrize("head_dim", hopper.HEAD_DIMS)
-@pytest.mark.parametrize("widths", PAIRS, ids="-".join)
-def test_gpu_is_the_reference(widths, head_dim, block, lengths):
-    qk, pv = widths
-    dtype = "bfloat16" if "bf16" in widths else "float32"
-    check(Problem(q_tokens=lengths[0], kv_tokens=lengths[1], head_dim=head_dim, block=block, dtype=dtype, qk=qk, pv=pv))
+@pytest.mark.parametrize("row", EVERY, ids=row_id)
+def test_gpu_is_the_reference(row):
+    check_where_exponentials_differ(problem_of(**row, heads=2))
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("hopper_here")
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("widths", PAIRS[:3], ids="-".join)
+@pytest.mark.parametrize("widths", PAIRS, ids="-".join)
 def test_gpu_masks_groups_and_repeats(widths, mask):
     qk, pv = widths
     problem = Problem(
         batch=2, q_tokens=450, kv_tokens=450, mask=mask, qk=qk, pv=pv, q_group="block", k_group="row", v_group="block",
         p_scale="running", head_dim=128, dtype="bfloat16" if "bf16" in widths else "float32",
     )  # fmt: skip
-    check(problem)
+    check_where_exponentials_differ(problem)
     for a, b in zip(problem.solve("hopper"), problem.solve("hopper"), strict=True):
         np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))

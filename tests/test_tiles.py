@@ -15,7 +15,7 @@ from pallas_kernels.block_attention import BACKENDS, hopper, xla
 from paro_jax import __main__ as command
 from paro_jax.bench import report
 from paro_jax.bench.jobs import Job, Settings
-from paro_jax.bench.measure import sized
+from paro_jax.bench.measure import requested, sized
 
 XLA = next(b for b in BACKENDS if b.name == "xla")
 HOPPER = next(b for b in BACKENDS if b.name == "hopper")
@@ -128,6 +128,7 @@ def test_the_command_writes_the_table(folders, monkeypatch, capsys, tmp_path):
     out, _ = capsys.readouterr()
     (file,) = folders[0].iterdir()
     assert str(file) in out and "hung" in file.read_text()
-    request = sized(asked[0], Settings("cpu", "xla", "float32", (64, 64), 2048, 2)).request("int8", "int8", "cpu")
+    settings = Settings("cpu", "xla", "float32", (64, 64), 2048, 2)
+    request = requested(sized(asked[0], settings), asked[0], settings)
     assert [job.tiles for job in asked] == [asdict(tiles) for tiles in xla.candidates(request)]
     assert _tiles.measured(request, XLA) == xla.candidates(request)[1]

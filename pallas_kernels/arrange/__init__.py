@@ -56,7 +56,7 @@ def arrange(
     rope: Rope | None = None,
     mean: jax.Array | Literal["compute", "block"] | None = None,
     rotate: bool = False,
-    layout: Literal["rows", "hopper"] = "rows",
+    layout: Literal["rows", "hopper", "hopper_packed"] = "rows",
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """One of q, k, v in kernel order at its stored width: norm, then RoPE, then the K mean, then reorder and round.
@@ -72,7 +72,9 @@ def arrange(
     rotate: q and k only; turn the channels by a fixed random-sign Hadamard matrix after the mean, q and k alike.
     layout: "rows", or "hopper", which that attention kernel reads as it is: D padded with zeros to 64, 96, 128 or 256,
     and v below 16 bits with its keys side by side, [B, H, D, N up to whole blocks], those of int8 and int4 in the order
-    `_registers.KEY_ORDER` inside each 16.
+    `_registers.KEY_ORDER` inside each 16. k and v of width int4 are in the upper halves of their bytes there. Or
+    "hopper_packed": they are two to a byte, k [B, H, 32 ceil(N / 64), D] with keys j and j + 32 of each 64 sharing
+    bytes, v [B, H, D / 2, N up to whole blocks] with channels c and c + D / 2, the former in the lower halves.
 
     Returns (values [B, H, N, D], scales, the mean that was subtracted or None: f32 [B, H, D], of k not rotated, and
     [B, H, n, D], rotated, for "block"). scales: None at widths "bf16" and "fp4" (stored multiplied out), else f32
@@ -124,9 +126,9 @@ def arrange(
 
     if layout not in LAYOUTS:
         raise mistake("layout", " or ".join(map(repr, LAYOUTS)), repr(layout))
-    if layout == "hopper" and (head_dim > HEAD_DIMS[-1] or block % 16):
+    if layout != "rows" and (head_dim > HEAD_DIMS[-1] or block % 16):
         raise mistake(
-            "layout", f"head_dim at most {HEAD_DIMS[-1]} and a block of whole 16s for 'hopper'",
+            "layout", f"head_dim at most {HEAD_DIMS[-1]} and a block of whole 16s for {layout!r}",
             f"head_dim {head_dim} and block {block}",
         )  # fmt: skip
 

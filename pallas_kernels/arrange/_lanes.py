@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels._registers import mosaic
+from pallas_kernels._registers import mosaic, row_layout, tiled_layout
 
 
 class Lanes(NamedTuple):
@@ -26,15 +26,7 @@ class Lanes(NamedTuple):
 @cache
 def rows(dim: int, vector: int) -> Lanes:
     """A thread holds `vector` channels and its neighbour the next ones, so that warps load and store whole rows."""
-    across = 1
-    while across < 32 and dim // vector % (2 * across) == 0:
-        across *= 2
-    down = 32 // across
-
-    def layout(vector: int) -> Any:
-        return _tiled(((4 * down, across * vector), (down, across * vector), (vector,)), (-5,), (-3, -2))
-
-    return Lanes(layout(vector), layout(vector // 2), None)
+    return Lanes(row_layout(dim, vector), row_layout(dim // 2, vector // 2), None)
 
 
 @cache
@@ -42,20 +34,9 @@ def columns() -> Lanes:
     """A thread holds 2 channels of one row, and so of four tiles the 2 x 4 values that are words of their transpose."""
 
     def layout(vector: int) -> Any:
-        return _tiled(((16, 8 * vector), (4, 8 * vector), (vector,)), (-5,), (-3, -2))
+        return tiled_layout(((16, 8 * vector), (4, 8 * vector), (vector,)), (-5,), (-3, -2))
 
-    return Lanes(layout(2), layout(1), _tiled(((16, 64), (16, 16), (2, 4)), (-5,), (-3, -4)))
-
-
-def _tiled(tiles: tuple[tuple[int, ...], ...], warps: tuple[int, ...], lanes: tuple[int, ...]) -> Any:
-    from jax.experimental.mosaic.gpu import fragmented_array as fa
-
-    layout = fa.TiledLayout(
-        fa.Tiling(tiles), warp_dims=warps, lane_dims=lanes, vector_dim=-1, _check_canonical=False
-    ).canonicalize()
-    return mosaic().Layout.TILED(
-        layout.tiling, warp_dims=layout.warp_dims, lane_dims=layout.lane_dims, vector_dim=layout.vector_dim
-    )
+    return Lanes(layout(2), layout(1), tiled_layout(((16, 64), (16, 16), (2, 4)), (-5,), (-3, -4)))
 
 
 def take(source: Any, index: jax.Array, layout: Any, *, interpreted: bool) -> jax.Array:

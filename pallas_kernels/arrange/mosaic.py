@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import _check
+from pallas_kernels import _check, _packed
 from pallas_kernels._check import WIDTHS
 from pallas_kernels._choose import Request
 from pallas_kernels._interpret import interpreted_device, interpreter_would_hang
+from pallas_kernels._packed import PACKED
 from pallas_kernels._registers import MAGIC, mosaic
 from pallas_kernels.arrange import _lanes, xla
 from pallas_kernels.block_attention.hopper import HEAD_DIMS, padded_dim, why_not_here
@@ -64,9 +65,12 @@ def why_not(request: Request) -> str | None:
     return None
 
 
-def candidates(dim: int, width: str, group: str, block: int, key_major: bool) -> tuple[Tiles, ...]:
-    """The tiles that serve, the one that should be fastest first: 32 values a thread, or the whole of a group."""
-    chunk = 64 if key_major else {64: 64, 96: 32, 128: 32, 256: 16}[dim]
+def candidates(dim: int, width: str, group: str, block: int, key_major: bool, pairs: bool = False) -> tuple[Tiles, ...]:
+    """The tiles that serve, the one that should be fastest first: 32 values a thread, or the whole of a group.
+
+    pairs: rows share bytes in pairs, so that half of them must be whole layouts.
+    """
+    chunk = 64 if key_major else {64: 64, 96: 64 if pairs else 32, 128: 32, 256: 16}[dim]
     tokens = block if group == "block" and width != "bf16" else chunk
     return (Tiles(tokens, chunk),)
 
@@ -109,8 +113,9 @@ def _forward(options: _Options, x, slots, norm, rope, mean):
     role, width, group, block, compute_mean, layout = options
     batch, tokens, heads, head_dim = x.shape
     dim = padded_dim(head_dim)
-    key_major = layout == "hopper" and role == "v" and width != "bf16"
-    (tiles, *_) = candidates(dim, width, group, block, key_major)
+    key_major = layout != "rows" and role == "v" and width != "bf16"
+    form = layout if role != "q" and width == "int4" else "rows"
+    (tiles, *_) = candidates(dim, width, group, block, key_major, form == PACKED)
 
     def per_head(weight):
         """[D], [H, D] or [B, H, D] as f32 [1 or B, H, D]."""
@@ -130,7 +135,7 @@ def _forward(options: _Options, x, slots, norm, rope, mean):
             arrays[name] = padded(per_head(weight))[0]
     call = _Call(
         batch, heads, tokens, head_dim, dim, str(x.dtype), width, group, block, tiles, key_major, role == "v",
-        width in ("int8", "int4"), None if norm is None else (norm.kind, norm.eps),
+        width in ("int8", "int4"), form, None if norm is None else (norm.kind, norm.eps),
         interpreted=interpreted_device() is not None,
     )  # fmt: skip
     if compute_mean:
@@ -144,13 +149,14 @@ def _forward(options: _Options, x, slots, norm, rope, mean):
         scales = jnp.maximum(amax, 1e-7) / WIDTHS[width].qmax
         arrays["channel"] = scales[:, :, 0]
     values, own = call.run(arrays)
+    values = values if key_major or form == PACKED else values[:, :, :tokens]
     scales = own if scales is None else scales
     if scales is not None and role == "v":
         scales = scales[..., :head_dim]
     elif scales is not None and group == "row":
         scales = scales[:, :, :tokens]
     values, scales, mean, _ = _check.share_mesh_axes(values, scales, mean, x)  # Mosaic's say nothing about a mesh
-    return values if layout == "hopper" else values[..., :head_dim], scales, mean
+    return values[..., :head_dim] if layout == "rows" else values, scales, mean
 
 
 def _together(*trees: Any) -> tuple[Any, ...]:
@@ -174,6 +180,8 @@ def bytes_moved(request: Request, *, width: str, group: str, rope: bool, compute
     per_group *= dim if request.role == "v" else 1
     scales = 0 if width == "bf16" else 4 * per_group
     values = rows * dim * (size if width == "bf16" else 1)
+    if request.layout == PACKED and width == "int4" and request.role != "q":
+        values //= 2
     first = 0
     if compute_mean or (width != "bf16" and group == "channel"):
         sums = request.batch * request.heads * -(-request.kv_tokens // STATISTIC_TOKENS) * dim * 4
@@ -201,6 +209,7 @@ class _Call:
     key_major: bool  # values [B, H, dim, whole blocks] instead of [B, H, N, dim]
     by_channel: bool  # scales differ by channel
     permuted: bool  # keys by KEY_ORDER, if key_major
+    form: str  # of bytes: "rows" is a value each, "hopper" its upper half, "hopper_packed" two values
     norm: tuple[str, float] | None
     interpreted: bool
     statistic: str = ""  # "sum" or "amax": write that of each channel instead of values
@@ -214,8 +223,13 @@ class _Call:
         return _lanes.rows(self.dim, 4 if across_warps else 8)
 
     @property
+    def pairs(self) -> bool:
+        """Whether rows share bytes in pairs: keys j and j + 32 of each 64."""
+        return self.form == PACKED and not self.key_major and not self.statistic
+
+    @property
     def programs(self) -> int:
-        whole = self.block if self.key_major else self.tiles.tokens
+        whole = self.block if self.key_major else max(self.tiles.tokens, 2 * _packed.KEYS if self.pairs else 0)
         return -(-self.tokens // whole) * whole // self.tiles.tokens
 
     def over_tokens(self, statistic: str, arrays: dict[str, jax.Array]) -> jax.Array:
@@ -230,7 +244,10 @@ class _Call:
         """(values, scales f32 [B, H, whole tiles], [B, H, n], [B, H, n, dim], or None)."""
         lead, padded = (self.batch, self.heads), self.programs * self.tiles.tokens
         store = WIDTHS[self.width].store or jnp.dtype(self.dtype)
-        shape = (self.dim, padded) if self.key_major else (self.tokens, self.dim)
+        # A bulk copy of rows takes them in whole eights; what lies past the last token is cut off again.
+        shape = (self.dim, padded) if self.key_major else (-(-self.tokens // 8) * 8, self.dim)
+        if self.form == PACKED:
+            shape = (self.dim // 2, padded) if self.key_major else (-(-self.tokens // 64) * _packed.KEYS, self.dim)
         out = [jax.ShapeDtypeStruct((*lead, *shape), store)]
         if self.width != "bf16" and self.group != "channel":
             shape = {"row": (padded,), "block": (self.programs,)}[self.group]
@@ -244,7 +261,8 @@ class _Call:
         plgpu = mosaic()
         names = tuple(arrays)
         chunks, chunk = self.tiles.tokens // self.tiles.chunk, self.tiles.chunk
-        shape = (chunks, self.dim, chunk) if self.key_major else (chunks, chunk, self.dim)
+        rows, columns = (self.dim, chunk) if self.key_major else (chunk, self.dim)
+        shape = (chunks, rows // 2 if self.form == PACKED else rows, columns)
 
         def kernel(*refs):
             gmem = dict(zip(names, refs[: len(names)], strict=True))
@@ -266,18 +284,31 @@ class _Call:
         plgpu = mosaic()
         layout = self.lanes.tile.reduce(1)
         first = lax.axis_index("tile") * self.tiles.tokens + chunk * self.tiles.chunk
-        rows = 16 if self.key_major else self.tiles.chunk
+        rows = self.rows
         row = plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=layout)
         if self.key_major:
             # The transpose puts row 4m + q of part s at column 16m + 4q + s; _registers.KEY_ORDER names its key.
             four = row & 3
             key = 2 * four + (part & 1) + 8 * (part >> 1) if self.permuted else 4 * four + part
             row = 4 * (row - four) + key
+        if self.pairs:
+            row = row + first // 2
+            return 2 * row - (row & (_packed.KEYS - 1)) + _packed.KEYS * part
         return row + first
 
+    @property
+    def rows(self) -> int:
+        """Rows of one part of a chunk."""
+        return self.tiles.chunk // self.parts
+
+    @property
+    def parts(self) -> int:
+        """Parts of a chunk: one, or what is to be joined to words or bytes."""
+        return 4 if self.key_major else 1 + self.pairs
+
     def fetch(self, gmem: dict, chunk: Any) -> list[jax.Array]:
-        """A chunk's values after norm, RoPE and mean, f32 [rows, dim] each: one part, or four to be transposed."""
-        return [self.part(gmem, self.place(chunk, part)) for part in range(4 if self.key_major else 1)]
+        """A chunk's values after norm, RoPE and mean, f32 [rows, dim] each: one part or several, to be joined."""
+        return [self.part(gmem, self.place(chunk, part)) for part in range(self.parts)]
 
     def part(self, gmem: dict, place: jax.Array) -> jax.Array:
         plgpu = mosaic()
@@ -325,9 +356,8 @@ class _Call:
             y = _lanes.rotated(y, cos, sin, lanes, interpreted=self.interpreted)
         if "mean" in gmem:
             y = y - by_channel(gmem["mean"].at[batch, head])
-        if (self.key_major and self.tokens % self.block) or (
-            self.statistic == "sum" and self.tokens % self.tiles.tokens
-        ):
+        stored_whole = (self.key_major or self.pairs) and self.tokens % max(self.block, 64)
+        if stored_whole or (self.statistic == "sum" and self.tokens % self.tiles.tokens):
             y = jnp.where(by_row(place) < self.tokens, y, 0.0)
         return y
 
@@ -375,7 +405,7 @@ class _Call:
             def larger(chunk, parts, carry):
                 return reduce(jnp.maximum, map(jnp.abs, parts), carry)
 
-            zeros = jnp.zeros((16 if self.key_major else self.tiles.chunk, self.dim), jnp.float32)
+            zeros = jnp.zeros((self.rows, self.dim), jnp.float32)
             largest = over_chunks(larger, plgpu.layout_cast(zeros, self.lanes.tile))
             scale = scale_of(largest.max(axis=0) if self.by_channel else largest.max(axis=1).max())
             inverse = 1.0 / scale
@@ -389,28 +419,45 @@ class _Call:
                 return y if inverse is None else y * inverse
             return y * lax.broadcast_in_dim(inverse, y.shape, [1 if self.by_channel else 0])
 
-        def rounded(ratio):
-            """A ratio of at most qmax at its stored width, half to even."""
+        def rounded(ratios):
+            """Ratios of at most qmax as they are stored, half to even: one array, or two that share bytes."""
             if self.width in ("bf16", "fp8"):
-                return ratio.astype(smem.dtype)
-            return lax.bitcast_convert_type(ratio + MAGIC, jnp.int32).astype(jnp.int8)  # the low byte is the integer
+                return ratios[0].astype(smem.dtype)
+            # The low byte is the integer.
+            integers = [lax.bitcast_convert_type(ratio + MAGIC, jnp.int32) for ratio in ratios]
+            if self.form != "rows":
+                integers[-1] = integers[-1] << 4
+            if self.form == PACKED:
+                integers = [integers[0] & 15 | integers[1]]
+            return integers[0].astype(jnp.int8)
 
         def write(chunk, parts, carry):
-            factor, first = inverse, chunk * self.tiles.chunk
+            factors, first = [inverse] * self.parts, chunk * self.tiles.chunk
             if self.width != "bf16" and self.group == "row":
-                scale = scale_of(jnp.abs(parts[0]).max(axis=1))
-                factor = 1.0 / scale
-                rows = pl.ds(tile * self.tiles.tokens + first, self.tiles.chunk)
-                plgpu.store(scales.at[batch, head, rows], scale, optimized=False)
-            ratios = [divided(y, factor) for y in parts]
-            y = _lanes.transposed(ratios, interpreted=self.interpreted) if self.key_major else ratios[0]
-            plgpu.store(smem.at[chunk], rounded(y), optimized=False)
+                factors = [1.0 / row_scale(scale_of(jnp.abs(y).max(axis=1)), first, n) for n, y in enumerate(parts)]
+            ratios = [divided(y, factor) for y, factor in zip(parts, factors, strict=True)]
+            if self.key_major:
+                y = _lanes.transposed(ratios, interpreted=self.interpreted)
+                half = self.dim // 2
+                ratios = [y[:half], y[half:]] if self.form == PACKED else [y]
+            plgpu.store(smem.at[chunk], rounded(ratios), optimized=False)
             return carry
+
+        def row_scale(scale, first, part):
+            """Stores the scales of a part's rows, which lie side by side."""
+            row = tile * self.tiles.tokens + first
+            if self.pairs:
+                row = row - (row // 2 & (_packed.KEYS - 1)) + _packed.KEYS * part
+            plgpu.store(scales.at[batch, head, pl.ds(row, self.rows)], scale, optimized=False)
+            return scale
 
         over_chunks(write, None)
         plgpu.commit_smem()
         for chunk in range(chunks):
-            tokens = pl.ds(tile * self.tiles.tokens + chunk * self.tiles.chunk, self.tiles.chunk)
-            window = (slice(None), tokens) if self.key_major else (tokens,)
+            first = tile * self.tiles.tokens + chunk * self.tiles.chunk
+            tokens = pl.ds(first, self.tiles.chunk)
+            window = (
+                (slice(None), tokens) if self.key_major else (pl.ds(first // 2, self.rows) if self.pairs else tokens,)
+            )
             plgpu.copy_smem_to_gmem(smem.at[chunk], values.at[batch, head, *window])
         plgpu.wait_smem_to_gmem(0)

@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _fp4, _hadamard, _registers
+from pallas_kernels import _fp4, _hadamard, _packed, _registers
 from pallas_kernels._check import FLOATS, WIDTHS
 from pallas_kernels._choose import ALL_WIDTHS, Request, widths_served
 from pallas_kernels.block_attention.hopper import padded_dim
@@ -115,10 +115,18 @@ def laid_out(values: jax.Array, role: str, width: str, block: int, layout: str) 
     if layout == "rows":
         return values
     head_dim = values.shape[3]
-    values = jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, padded_dim(head_dim) - head_dim)))
-    if role != "v" or width == "bf16":
+    dim = padded_dim(head_dim)
+    values = jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, dim - head_dim)))
+    if role == "v" and width != "bf16":
+        values = _registers.key_major(values, block, permuted=width != "fp8")
+    if role == "q" or width != "int4":
         return values
-    return _registers.key_major(values, block, permuted=width != "fp8")
+    if layout == "hopper":
+        return _packed.upper(values)
+    if role == "v":
+        return _packed.pack(values, dim // 2)
+    tail = -values.shape[2] % (2 * _packed.KEYS)
+    return _packed.pack(jnp.pad(values, ((0, 0), (0, 0), (0, tail), (0, 0))), _packed.KEYS)
 
 
 _STATIC = ("role", "width", "group", "block", "compute_mean", "layout", "rotate", "block_mean")

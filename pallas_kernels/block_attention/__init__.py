@@ -7,14 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import _check, _choose, _tiles
+from pallas_kernels import _check, _choose, _packed, _tiles
 from pallas_kernels._check import mistake, require_shape
 from pallas_kernels.block_attention import hopper, reference, xla
 
-LAYOUTS = ("rows", "hopper")
+LAYOUTS = ("rows", "hopper", _packed.PACKED)
 BACKENDS = (
     # Until it has run on a GPU, it serves only whoever names it.
-    _choose.Backend("hopper", hopper.why_not, hopper.run, default=False, candidates=hopper.candidates),
+    _choose.Backend(
+        "hopper",
+        hopper.why_not,
+        hopper.run,
+        default=False,
+        layouts=("hopper", _packed.PACKED, "rows"),
+        candidates=hopper.candidates,
+    ),
     _choose.Backend("xla", xla.why_not, xla.run, candidates=xla.candidates),
     _choose.Backend("reference", reference.why_not, reference.run, default=False),
 )
@@ -40,6 +47,7 @@ def block_attention(
     out_dtype: Any = None,
     layout: str = "rows",
     head_dim: int | None = None,
+    kv_tokens: int | None = None,
     implementation: str | None = None,
     tiles: Any = None,
     return_residual: bool = False,
@@ -56,8 +64,9 @@ def block_attention(
     p_scale: P is rounded relative to its row's maximum in the key block ("block") or to the running one ("running").
     delta f32 [B, H, nq, Nk]: added to q k^T of all queries of a block, before `scale` (SageAttention2's delta S, arXiv
     2411.10958: what q k^T lacks when a block's mean query was subtracted; as there, nq Nk numbers a head).
-    layout: "rows", or "hopper" for operands that `arrange` made with layout="hopper" (which says what they look like);
-    then head_dim is how many of the padded channels are real.
+    layout: "rows", or that of `arrange` which made the operands (it says what they look like), "hopper" or
+    "hopper_packed"; then head_dim is how many of the padded channels are real, and kv_tokens how many key tokens, which
+    a packed K does not show.
     tiles: one of the backend's `candidates`; None: the fastest in this device's table (`paro bench --tune`), else the
     first.
     out_dtype: default v's dtype, else q's, where that is a float, else float32.
@@ -76,18 +85,24 @@ def block_attention(
     require_shape("q", q, (None,) * 4, "[batch, heads, query tokens, head_dim]")
     batch, heads, q_tokens, channels = q.shape
     require_shape("k", k, (batch, heads, None, channels), "[batch, heads, key tokens, head_dim] as q's")
-    kv_tokens = k.shape[2]
     if layout not in LAYOUTS:
         raise mistake("layout", " or ".join(map(repr, LAYOUTS)), repr(layout))
+    packed = hopper.packed(qk, pv, layout)
+    least, most = (2 * k.shape[2] - 2 * _packed.KEYS + 1, 2 * k.shape[2]) if "k" in packed else (k.shape[2],) * 2
+    if kv_tokens is None and "k" in packed:
+        raise mistake("kv_tokens", f"{least} to {most} for a packed k of {k.shape[2]} rows", None)
+    kv_tokens = k.shape[2] if kv_tokens is None else kv_tokens
+    if not least <= kv_tokens <= most or ("k" in packed and k.shape[2] % _packed.KEYS):
+        raise mistake("kv_tokens", f"{least} to {most} for a k of {k.shape[2]} rows", kv_tokens)
     head_dim = channels if head_dim is None else head_dim
     if (head_dim != channels) if layout == "rows" else not 0 < head_dim <= channels:
         raise mistake("head_dim", f"None or at most the {channels} channels of q, and all of them for 'rows'", head_dim)
-    if layout == "hopper" and channels not in hopper.HEAD_DIMS:
+    if layout != "rows" and channels not in hopper.HEAD_DIMS:
         served = ", ".join(map(str, hopper.HEAD_DIMS))
-        raise mistake("q", f"{served} channels for layout 'hopper'", channels, "pallas_kernels.arrange makes it.")
-    if layout == "hopper" and pv != "bf16":
-        shape = (batch, heads, channels, -(-kv_tokens // bk) * bk)
-        require_shape("v", v, shape, "[batch, heads, head_dim, key tokens up to whole blocks]")
+        raise mistake("q", f"{served} channels for layout {layout!r}", channels, "pallas_kernels.arrange makes it.")
+    if layout != "rows" and pv != "bf16":
+        shape = (batch, heads, channels // 2 if "v" in packed else channels, -(-kv_tokens // bk) * bk)
+        require_shape("v", v, shape, "[batch, heads, head_dim (packed: half), key tokens up to whole blocks]")
     else:
         require_shape("v", v, (batch, heads, kv_tokens, channels), "[batch, heads, key tokens, head_dim] as k's")
     if 0 in (batch, heads, q_tokens, kv_tokens, head_dim):
@@ -142,11 +157,31 @@ def block_attention(
     if tiles is None:
         tiles = _tiles.measured(request, backend)
     options |= {} if tiles is None else {"tiles": tiles}
-    run = partial(backend.run, **options, **({} if layout == "rows" else {"layout": layout}))
+    if layout != "rows":
+        options |= dict(layout=layout, kv_tokens=kv_tokens)
+    run = partial(backend.run, **options)
     arrays = (q, k, v, count, index, slots, q_scale, k_scale, v_scale, *(() if delta is None else (delta,)))
     o, lse = run(*arrays) if qk == pv == "bf16" else _check.no_gradient(run, *arrays)
     o = o[..., :head_dim]
     return (o, lse) if return_residual else o
+
+
+def operand_layout(request: _choose.Request, implementation: str | None) -> str:
+    """How to arrange the operands of `request`: in the layout of the backend that will get them.
+
+    request.layout "rows" asks; any other is the answer. Raises NoBackend when none is named and none can serve.
+    """
+    if request.layout != "rows":
+        return request.layout
+    named = [backend for backend in BACKENDS if backend.name == implementation]
+    (backend,) = named or [_choose.choose(request, BACKENDS, implementation)]
+    return backend.layouts[0]
+
+
+def reader(layout: str) -> str | None:
+    """The only backend that reads `layout`, or None where there are others."""
+    able = [backend.name for backend in BACKENDS if layout in backend.layouts]
+    return able[0] if len(able) == 1 else None
 
 
 def _stored(array: jax.Array, name: str, width: str) -> bool:

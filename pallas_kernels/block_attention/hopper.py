@@ -11,7 +11,8 @@ registers to the A operand's without a shuffle, because V's keys are stored in t
 (4) Nothing is rescaled while no maximum rises. With int8 P against the running maximum the output then stays in the
 int32 accumulator of wgmma. A rise rounds it once and brings 127 levels to its row, so the roundings of all rises
 together move the output by less than max |v| / 2 / 127^2. (5) The output leaves row by row, each to its model token.
-int4 is values on a 4-bit grid through the int8 unit.
+int4 is values on a 4-bit grid through the int8 unit; in layout "hopper_packed" its K and V come two to a byte, and the
+fetching warpgroup unpacks them on their way.
 """
 
 import math
@@ -23,10 +24,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import _check, _permute, _registers
+from pallas_kernels import _check, _packed, _permute, _registers
 from pallas_kernels._check import FLOATS, WIDTHS
 from pallas_kernels._choose import KERNEL_WIDTHS, Request, widths_served
 from pallas_kernels._interpret import interpreted_device, interpreter_would_hang
+from pallas_kernels._packed import PACKED, UNIT
 from pallas_kernels._registers import MAGIC, MAGIC_BITS
 from pallas_kernels.block_attention.reference import token_scales
 from pallas_kernels.block_attention.xla import Spec, attend_bwd
@@ -36,6 +38,7 @@ BLOCKS = ((64, 64), (128, 64), (128, 128))
 ROWS = 64  # query tokens of one consumer warpgroup: the M of wgmma
 _SMEM = 232448 - 4096  # bytes a program may have, less what barriers and alignment take
 _SUMMED_KEYS = (2**31 - 1) // 127**2  # what an int32 sum of P @ V has room for
+_LARGEST = 2.0**30  # of a score that is multiplied by its own factor
 _MASKED_BITS = -0x4800000  # of -2^120, as an int32: a score that gives P = 0 at any factor
 _LOWEST = -3.4028235e38  # a maximum before the first score: finite, so that a masked score of -inf gives exp2(-inf) = 0
 
@@ -107,8 +110,14 @@ def shared_memory(request: Request, tiles: Tiles) -> int:
     out = 4 if request.dtype == "float32" else 2
     stage = tiles.keys * dim * (qk + pv) + 16 + 4 * tiles.keys + 4 * dim  # K, V, facts, and scales by key and channel
     rows = 2 * ROWS * (dim * qk + out_channels(dim) * out + 12) + 8 * dim  # q, output, slots, scales, log-sum-exp
-    p = 2 * ROWS * tiles.keys * pv if _staged(request.pv) else 0
+    p = 2 * ROWS * tiles.keys * pv if request.pv == "fp8" else 0  # the interpreter stages every P and has no limit
+    stage += len(packed(request.qk, request.pv, request.layout)) * tiles.keys * dim // 2
     return lists(request.block) * tiles.stages * stage + rows + p
+
+
+def packed(qk: str, pv: str, layout: str) -> tuple[str, ...]:
+    """Which of K and V are stored two values to a byte."""
+    return tuple(name for name, width in (("k", qk), ("v", pv)) if layout == PACKED and width == "int4")
 
 
 def out_channels(dim: int) -> int:
@@ -116,24 +125,27 @@ def out_channels(dim: int) -> int:
     return dim if dim < 128 else 64
 
 
-@partial(jax.jit, static_argnames=("block", "scale", "qk", "pv", "p_scale", "out_dtype", "layout", "tiles"))
+@partial(
+    jax.jit, static_argnames=("block", "scale", "qk", "pv", "p_scale", "out_dtype", "layout", "kv_tokens", "tiles")
+)
 def run(
     q, k, v, count, index, slots, q_scale, k_scale, v_scale, *, block, scale, qk, pv, p_scale, out_dtype,
-    layout="rows", tiles=None,
+    layout="rows", kv_tokens=None, tiles=None,
 ):  # fmt: skip
     """See block_attention; arguments are checked there. Returns (o [B, Nq, H, D], lse f32 [B, Nq, H])."""
     spec = Spec(block, scale, qk, pv, p_scale, out_dtype)
-    if tiles is None:
-        (batch, heads, q_tokens, head_dim), dtype = q.shape, str(jnp.dtype(out_dtype))
-        request = Request(
-            "block_attention", batch, heads, q_tokens, k.shape[2], head_dim, dtype, block, qk, pv, p_scale, "sm_90"
-        )
-        (tiles, *_) = candidates(request)
+    kv_tokens = k.shape[2] if kv_tokens is None else kv_tokens
+    (batch, heads, q_tokens, head_dim), dtype = q.shape, str(jnp.dtype(out_dtype))
+    request = Request(
+        "block_attention", batch, heads, q_tokens, kv_tokens, head_dim, dtype, block, qk, pv, p_scale, "sm_90",
+        layout=layout,
+    )  # fmt: skip
+    tiles = tiles or candidates(request)[0]
     arrays = _check.share_mesh_axes(q, k, v, count, index, slots, q_scale, k_scale, v_scale)
     q, k, v, count, index, slots, q_scale, k_scale, v_scale = arrays
     if qk == pv == "bf16":
         return _attend(spec, tiles, q, k, v, count, index, slots)
-    return _forward(spec, tiles, q, k, v, count, index, slots, q_scale, k_scale, v_scale, layout)
+    return _forward(spec, tiles, q, k, v, count, index, slots, q_scale, k_scale, v_scale, layout, kv_tokens)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -155,11 +167,13 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _forward(
-    spec: Spec, tiles: Tiles, q, k, v, count, index, slots, q_scale=None, k_scale=None, v_scale=None, layout="rows"
+    spec: Spec, tiles: Tiles, q, k, v, count, index, slots, q_scale=None, k_scale=None, v_scale=None, layout="rows",
+    kv_tokens=None,
 ):  # fmt: skip
     """Shapes everything as the kernel reads it, and calls it."""
     block, scale, qk, pv, p_scale, out_dtype = spec
-    (batch, heads, q_tokens, head_dim), kv_tokens = q.shape, k.shape[2]
+    batch, heads, q_tokens, head_dim = q.shape
+    kv_tokens = k.shape[2] if kv_tokens is None else kv_tokens
     bq, bk = block
     nq, nk = index.shape[1:]
     dim, f32 = padded_dim(head_dim), jnp.float32
@@ -170,19 +184,20 @@ def _forward(
     if layout == "rows":
         q, k, v = (jnp.pad(x, [(0, 0)] * 3 + [(0, dim - head_dim)]) for x in (q, k, v))
         v = v if pv == "bf16" else _registers.key_major(v, bk, permuted=not _staged(pv))
+        k, v = (_packed.upper(x) if width in UNIT else x for x, width in ((k, qk), (v, pv)))
     elif pv in ("int8", "int4") and _staged(pv):  # through shared memory keys go in their own order
         v = v.reshape(*v.shape[:3], -1, 16)[..., jnp.argsort(jnp.asarray(_registers.KEY_ORDER))].reshape(v.shape)
-    # What a step must know of its keys: the block's scale, and how many keys are real. 16 bytes, the least TMA copies.
-    first_key = jnp.arange(nk * bk // tiles.keys, dtype=jnp.int32) * tiles.keys
-    real = jnp.clip(kv_tokens - first_key, 0, tiles.keys).astype(f32)
+    k_scale, v_scale = (
+        None if scales is None else scales / UNIT.get(width, 1.0) for scales, width in ((k_scale, qk), (v_scale, pv))
+    )
+    # TMA takes tiles of eight rows from whole eights (any length up to eight); added keys are past the end.
+    q, k, v = (jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[2] % 8), (0, 0)]) for x in (q, k, v))
     by_row = k_scale is not None and k_scale.shape[2] != nk
-    block_scale = jnp.ones((batch, heads, nk), f32) if k_scale is None or by_row else k_scale
-    facts = jnp.repeat(block_scale, bk // tiles.keys, axis=2)
-    facts = jnp.stack([facts, jnp.broadcast_to(real, facts.shape), facts, facts], axis=3)
     q_row = k_row = v_channel = v_block = None
     if q_scale is not None:
         q_row = _padded(token_scales(q_scale, q_tokens, bq) * f32(to_log2), nq * bq)
         to_log2 = 1.0
+    k_block = None if by_row else k_scale
     if by_row and k_scale is not None:
         k_row = _padded(k_scale, nk * bk)
     if v_scale is not None:
@@ -196,9 +211,9 @@ def _forward(
 
     call = _Call(
         batch, heads, q_tokens, kv_tokens, dim, block, to_log2, qk, pv, p_scale, out_dtype, tiles,
-        qk_dtype=q.dtype, pv_dtype=v.dtype, interpreted=interpreted_device() is not None,
+        qk_dtype=q.dtype, pv_dtype=v.dtype, packed=packed(qk, pv, layout), interpreted=interpreted_device() is not None,
     )  # fmt: skip
-    arrays = dict(rows=rows, count=count, index=index, slots=slots, facts=facts, q=q, k=k, v=v, q_row=q_row,
+    arrays = dict(rows=rows, count=count, index=index, slots=slots, q=q, k=k, v=v, q_row=q_row, k_block=k_block,
                   k_row=k_row, v_channel=v_channel, v_block=v_block)  # fmt: skip
     o, lse = call.run({name: array for name, array in arrays.items() if array is not None})
     o, lse, _ = _check.share_mesh_axes(o, lse, q)  # Mosaic's results say nothing about a mesh
@@ -236,6 +251,7 @@ class _Call:
     tiles: Tiles
     qk_dtype: Any
     pv_dtype: Any
+    packed: tuple[str, ...]  # which of "k" and "v" come two values to a byte
     interpreted: bool
 
     @property
@@ -280,12 +296,14 @@ class _Call:
             q=tiled((2, ROWS, dim), self.qk_dtype),
             k=tiled((ring, keys, dim), self.qk_dtype),
             v=tiled(v_shape, self.pv_dtype),
-            facts=plain(ring, 4),
+            facts=plain(ring, 2),  # of a step's keys: their block's scale, and how many are real
             slots=plain(2, ROWS, dtype=jnp.int32),
             # Tiles of one row are plain rows: what the copies of single rows below need to be told.
             o=plgpu.SMEM((2, ROWS, width), self.out_dtype, transforms=(plgpu.TilingTransform((1, width)),)),
             lse=plain(2, ROWS),
         )
+        two_to_a_byte = {"k": (ring, keys // 2, dim), "v": (ring, dim // 2, keys)}
+        scratch |= {f"{name}_packed": tiled(two_to_a_byte[name], jnp.int8) for name in self.packed}
         if _staged(self.pv):
             scratch["p"] = tiled((2, ROWS, keys), self.pv_dtype)
         if "q_row" in arrays:
@@ -301,10 +319,11 @@ class _Call:
             q=plgpu.Barrier(
                 num_arrivals=sum(name in scratch for name in ("q", "slots", "q_row", "v_channel")), num_barriers=2
             ),
-            k=plgpu.Barrier(num_arrivals=2 + ("k_row" in scratch), num_barriers=ring),
+            k=plgpu.Barrier(num_arrivals=1 + ("k" not in self.packed) + ("k_row" in scratch), num_barriers=ring),
             v=plgpu.Barrier(num_arrivals=1 + ("v_block" in scratch), num_barriers=ring),
             k_free=plgpu.Barrier(num_arrivals=readers, num_barriers=ring),
             v_free=plgpu.Barrier(num_arrivals=readers, num_barriers=ring),
+            **{f"{name}_packed": plgpu.Barrier(num_barriers=ring) for name in self.packed},
         )
 
         def kernel(*refs):
@@ -367,32 +386,70 @@ class _Call:
             inside = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
             plgpu.copy_gmem_to_smem(source, smem[name].at[slot], bars[barrier].at[slot], oob_mode=inside)
 
-        def load(which, step, block):
+        def unpack(name, slot, half):
+            plgpu.barrier_wait(bars[f"{name}_packed"].at[slot])
+            _packed.unpack(smem[f"{name}_packed"].at[slot], smem[name].at[slot], half, interpreted=self.interpreted)
+
+        def place(which, step, block):
+            """(stage, step's number among the parts of key blocks, its key tokens)"""
             slot = which * stages + lax.rem(step, jnp.array(stages, step.dtype))
             part = block * parts + lax.rem(step, jnp.array(parts, step.dtype)) if parts > 1 else block
-            tokens = pl.ds(part * keys, keys)
+            return slot, part, pl.ds(part * keys, keys)
+
+        def fetch(which, step, block):
+            """What is packed comes a ring of stages before its step: unpacking it frees its stage, no consumer."""
+            slot, part, tokens = place(which, step, block)
+            if "k" in self.packed:
+                rows = pl.ds(part * (keys // 2), keys // 2)
+                copy(gmem["k"].at[batch, head, rows], "k_packed", slot, "k_packed")
+            if "v" in self.packed:
+                copy(gmem["v"].at[batch, head, :, tokens], "v_packed", slot, "v_packed")
+
+        def load(which, step, block):
+            slot, part, tokens = place(which, step, block)
+            scale = gmem["k_block"][batch, head, block] if "k_block" in gmem else 1.0
             pl.when(step >= stages)(lambda: plgpu.barrier_wait(bars["k_free"].at[slot]))
-            copy(gmem["k"].at[batch, head, tokens], "k", slot, "k")
-            small(gmem["facts"].at[batch, head, part], "facts", slot, "k")
             if "k_row" in smem:
                 small(gmem["k_row"].at[batch, head, tokens], "k_row", slot, "k")
+            if "k" not in self.packed:
+                copy(gmem["k"].at[batch, head, tokens], "k", slot, "k")
+            # By ordinary stores, as they are read: what a bulk copy overwrites the consumers would have to fence.
+            smem["facts"][slot, 0] = jnp.float32(scale)
+            smem["facts"][slot, 1] = jnp.clip(self.kv_tokens - part * keys, 0, keys).astype(jnp.float32)
+            if "k" in self.packed:
+                unpack("k", slot, _packed.KEYS)
+            plgpu.barrier_arrive(bars["k"].at[slot])
             pl.when(step >= stages)(lambda: plgpu.barrier_wait(bars["v_free"].at[slot]))
-            if self.pv == "bf16":
+            if "v_block" in smem:
+                small(gmem["v_block"].at[batch, head, block], "v_block", slot, "v")
+            if "v" in self.packed:
+                unpack("v", slot, self.dim // 2)
+                plgpu.barrier_arrive(bars["v"].at[slot])
+            elif self.pv == "bf16":
                 copy(gmem["v"].at[batch, head, tokens], "v", slot, "v")
             else:
                 copy(gmem["v"].at[batch, head, :, tokens], "v", slot, "v")
-            if "v_block" in smem:
-                small(gmem["v_block"].at[batch, head, block], "v_block", slot, "v")
+
+        # The next entries are read before a step waits, so their latency is hidden.
+        far = (0, stages) if self.packed else (0,)
 
         def advance(step, ahead):
-            # The next entry is read before this step waits, so its latency is hidden.
-            following = tuple(listed(which, step + 1) for which in range(walks))
+            following = tuple([listed(which, step + 1 + more) for more in far] for which in range(walks))
             for which in range(walks):
-                pl.when(step < steps[which])(partial(load, which, step, ahead[which]))
+                near, *further = ahead[which]
+                pl.when(step < steps[which])(partial(load, which, step, near))
+                for block in further:
+                    pl.when(step + stages < steps[which])(partial(fetch, which, step + stages, block))
             return following
 
+        for which in range(walks):
+            for step in range(stages if self.packed else 0):
+                step = jnp.int32(step)
+                pl.when(step < steps[which])(lambda which=which, step=step: fetch(which, step, listed(which, step)))
         longest = steps[0] if walks == 1 else jnp.maximum(*steps)
-        lax.fori_loop(0, longest, advance, tuple(listed(which, jnp.int32(0)) for which in range(walks)))
+        lax.fori_loop(
+            0, longest, advance, tuple([listed(which, jnp.int32(more)) for more in far] for which in range(walks))
+        )
 
         def drain(which, step, _):
             slot = which * stages + lax.rem(step, jnp.array(stages, step.dtype))
@@ -471,13 +528,12 @@ class _Call:
             fresh = pl.run_scoped(issue, plgpu.ACC((ROWS, b.shape[1]), dtype))
             return fresh if start is None else start + fresh
 
-        def release(barrier, slot):
-            """Gives a stage back. What threads read of it they have: arriving waits for reads, so no fence is needed.
-
-            The interpreter knows only that a bulk copy is to overwrite what threads read, and asks for one.
-            """
-            if self.interpreted:
+        def release(barrier, slot, *, read):
+            """Gives a stage back; read: threads did what a bulk copy is to overwrite, which takes a proxy fence."""
+            if read and self.interpreted:
                 plgpu.commit_smem()
+            elif read:
+                _registers.fence()
             plgpu.barrier_arrive(bars[barrier].at[slot])
 
         def masked(s, real):
@@ -504,7 +560,7 @@ class _Call:
                 if self.integer_scores:
                     s = lax.bitcast_convert_type(s, jnp.float32) - MAGIC
                 s = s * by_column(smem["k_row"].at[slot], keys)
-            release("k_free", slot)
+            release("k_free", slot, read="k_row" in smem)
             s = masked(s, real)
             top = s.max(axis=1)
             if s.dtype == jnp.int32:  # positive floats order as their bits do, and integers have a maximum of three
@@ -519,20 +575,23 @@ class _Call:
 
             behind: how far `relative` is above top * factor, None for nothing.
             """
-            if not folded:  # the levels of a float P ride on the exponent: levels * 2^x = 2^(x + log2 levels)
-                below = relative if self.integer_p else relative - math.log2(levels)
-                return s * by_row(factor, keys) - by_row(below, keys), vector(levels)
-            # MAGIC * factor is subtracted with the rest, and `scale` gives back what rounding takes there: up to one
-            # step of s. Steps of more than 64 would overflow it; P has a single key then, whatever the factor.
-            factor = jnp.minimum(factor, 64.0)
-            lifted = top * factor if behind is None else top * factor + behind
+            # top * factor is rounded and s * factor is not. Of large scores that difference alone would overflow, but
+            # those lie further apart than P can tell, and after a smaller factor too: integers at 64 halvings a unit,
+            # floats where the largest is 2^30.
+            small = jnp.minimum(factor, 64.0 if folded else _LARGEST / jnp.abs(top))
+            lifted = top * small if behind is None else top * small + behind
+            if not self.integer_p:  # its levels ride on the exponent: levels * 2^x = 2^(x + log2 levels)
+                below = jnp.where(small < factor, lifted, relative) - math.log2(levels)
+                return s * by_row(small, keys) - by_row(below, keys), None
+            # `scale` gives back what rounding took: up to one step of s, where MAGIC * factor is subtracted with it.
             lifted = lax.optimization_barrier(lifted)  # rounded: not to be contracted with the product below
             if self.interpreted:  # a CPU may round the products
-                x = _registers.product_error(s, by_row(factor, keys), by_row(-lifted, keys))
-                gained = _registers.product_error(top, factor, -lifted)
+                x = _registers.product_error(s, by_row(small, keys), by_row(-lifted, keys))
+                x = jnp.where(s == -jnp.inf, s, x)
+                gained = _registers.product_error(top, small, -lifted)
             else:
-                x = s * by_row(factor, keys) - by_row(lifted, keys)
-                gained = _registers.fma(top, factor, -lifted)
+                x = s * by_row(small, keys) - by_row(lifted, keys)
+                gained = _registers.fma(top, small, -lifted)
             gained = gained - math.log2(levels)
             return x, jnp.exp2(-(gained if behind is None else gained + behind))
 
@@ -564,7 +623,8 @@ class _Call:
             slot = (which * stages if own_list else 0) + lax.rem(i, jnp.array(stages, i.dtype))
             plgpu.barrier_wait(bars["k"].at[slot])
             s, s_top, factor = scores(slot)
-            block_top = (s_top - MAGIC if folded else s_top) * factor
+            # Rounded, for good: contracted with a difference below it would be another number.
+            block_top = lax.optimization_barrier((s_top - MAGIC if folded else s_top) * factor)
             new_top = jnp.maximum(top, block_top)
             # A block 128 halvings behind has P = 0, like one further behind.
             relative, behind = (block_top, None) if local else (new_top, jnp.minimum(new_top - block_top, 128.0))
@@ -582,7 +642,7 @@ class _Call:
                 accs = tuple(product(p, v, acc) for v, acc in zip(channels, accs, strict=True))
             else:
                 accs = tuple(acc + scaled(block_out(p, v, slot, n * chunk), weight) for n, acc in enumerate(accs))
-            release("v_free", slot)
+            release("v_free", slot, read="v_block" in smem)
             return accs, new_top, total
 
         def scaled(x, weight):

@@ -210,9 +210,10 @@ def _tunings(args: argparse.Namespace, settings: Settings) -> list[Job]:
 
 def _request(settings: Settings, workload: str, widths: tuple[str, str]) -> Any:
     from paro_jax.bench.jobs import Job
-    from paro_jax.bench.measure import sized
+    from paro_jax.bench.measure import requested, sized
 
-    return sized(Job("tune", workload), settings).request(*widths, settings.device)
+    job = Job("tune", workload, settings.backend, *widths)
+    return requested(sized(job, settings), job, settings)
 
 
 def _tuned(args: argparse.Namespace, settings: Settings, result: Row, rows: list[Row]) -> int:

@@ -10,7 +10,6 @@ import numpy as np
 
 import calibrate
 from calibrate.bench import local_head
-from pallas_kernels import Request
 from pallas_kernels.workloads import WORKLOADS
 from paro_jax import AttentionPlan, BlockMask, QuantSpec, TokenGrid
 
@@ -43,14 +42,6 @@ class Case:
     def channels(self) -> int:
         """Of the model's hidden states."""
         return self.heads * self.head_dim
-
-    def request(self, qk: str, pv: str, device: str) -> Request:
-        """This attention as backends are asked about it."""
-        n = self.grid.tokens
-        return Request(
-            "block_attention", self.batch, self.heads, n, n, self.head_dim, self.dtype, self.block, qk, pv,
-            device=device,
-        )  # fmt: skip
 
     def operations(self, keep: np.ndarray | None = None) -> float:
         """Of both products over the kept blocks, a multiply-add as two; over all where keep is None."""

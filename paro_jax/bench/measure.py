@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from typing import Any
 
@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import Norm, Rope, _tiles
+from pallas_kernels import Norm, Request, Rope, _tiles
 from pallas_kernels.arrange.reference import normed, rotated
 from pallas_kernels.bench import ceilings, peers, timing
+from pallas_kernels.block_attention import operand_layout
 from pallas_kernels.workloads import backends
-from paro_jax import AttentionPlan, TokenGrid, _attention, arrange, attend, project_in
+from paro_jax import AttentionPlan, QuantSpec, TokenGrid, _attention, arrange, attend, project_in
 from paro_jax.bench import cases
 from paro_jax.bench.cases import Case
 from paro_jax.bench.jobs import SCALING_HEADS, Job, Settings
@@ -64,6 +65,16 @@ def sized(job: Job, settings: Settings) -> Case:
     )  # fmt: skip
 
 
+def requested(case: Case, job: Job, settings: Settings) -> Request:
+    """What backends and tables of tiles are asked: the operands in the layout that `arrange` gives them."""
+    n, quant = case.grid.tokens, QuantSpec(qk=job.qk, pv=job.pv)  # type: ignore[arg-type]
+    request = Request(
+        "block_attention", case.batch, case.heads, n, n, case.head_dim, case.dtype, case.block, quant.qk, quant.pv,
+        quant.p_scale, settings.device,
+    )  # fmt: skip
+    return replace(request, layout=operand_layout(request, settings.backend))
+
+
 def _ceiling(job: Job, settings: Settings, timer: timing.Timer | None) -> Row:
     name = settings.dtype if job.name == "again" else job.name
     found, rate = ceilings.measure(name, quick=settings.quick, timer=timer)
@@ -86,7 +97,7 @@ def kernel(
     case: Case, job: Job, settings: Settings
 ) -> tuple[Callable[..., Any], tuple, AttentionPlan, dict[str, int] | None]:
     """(jitted call, its arguments, plan, tiles): block_attention on operands that are already in kernel order."""
-    request = case.request(job.qk, job.pv, settings.device)
+    request = requested(case, job, settings)
     backend = next(b for b in backends(request) if b.name == settings.backend)
     if reason := backend.why_not(request):
         raise Missing(f"{backend.name} does not serve this: {reason}")

@@ -87,15 +87,18 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def captured(steps: int = run.QUICK_STEPS) -> tuple[list[calibrate.Sample], TokenGrid]:
+    """q, k and v of one scene, every site at some of the steps, both halves of guidance; and their grid."""
+    generate = run.Generator(run.load_model(), steps)
+    video = generate(data.random_scene(run.DEMO_SEED))
+    return run.capture(generate.net, video, run.capture_steps(steps)), model.CONFIG.grid
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m paro_jax.demo.p_scale", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     args = parser.parse_args()
-    steps = run.QUICK_STEPS
-    generate = run.Generator(run.load_model(), steps)
-    video = generate(data.random_scene(run.DEMO_SEED))
-    samples = run.capture(generate.net, video, run.capture_steps(steps))
-    rows = measure(samples, model.CONFIG.grid, note=(lambda message: None) if args.json else print)
+    rows = measure(*captured(), note=(lambda message: None) if args.json else print)
     print(json.dumps(rows, indent=1) if args.json else table(rows))
 
 
