@@ -152,6 +152,7 @@ def test_our_row_and_a_peers_row_of_the_same_tensors():
     assert json.loads(json.dumps(dense))["tokens"] == ours["tokens"]
 
 
+@pytest.mark.slow
 def test_a_path_row_adds_up():
     turns = iter([30.0, 100.0, 5.0, 32.0, 44.0, 41.0, 140.0, 80.0])  # in, attention, out; in, attend, kernel; layers
 

@@ -67,7 +67,15 @@ def test_a_run_is_resumed_on_the_same_machine_alone(capsys, tmp_path, toy):
     toy.says = says
     assert command.main(argv) == 130
     assert len(json.loads((tmp_path / "bench.json").read_text())["rows"]) == 5
-    toy.says, first = (lambda job: {"status": "missing", "reason": "-"}), toy.asked[:]
+    first = toy.asked[:]
+
+    def stopped(job):
+        raise KeyboardInterrupt
+
+    toy.says = stopped
+    assert command.main([*argv, "--resume"]) == 130  # stopped again: nothing that was known is lost
+    assert len(json.loads((tmp_path / "bench.json").read_text())["rows"]) == 5
+    toy.says = lambda job: {"status": "missing", "reason": "-"}
     toy.asked.clear()
     assert command.main([*argv, "--resume"]) == 1  # nothing of ours was measured
     rows = json.loads(capsys.readouterr().out)["rows"]

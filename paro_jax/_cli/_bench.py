@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 _CPU_TOKENS, _CPU_HEADS = 2048, 2
 _QUICK_TOKENS = 512
+_KEEP_S = 2.0  # the file is written at most this often
 
 
 def add(commands: Any) -> None:
@@ -88,33 +89,37 @@ def run(args: argparse.Namespace) -> int:
     start = time.monotonic()
     _check(args)
     _show.probe("--out", args.out, folder=True)
-    worker = Worker()
+    worker, file = Worker(), args.out / ("tune.json" if args.tune else "bench.json")
+    result: Row = {"about": {}, "rows": []}
+    known: list[Row] = []
+    written = time.monotonic()
+
+    def keep(rows: Sequence[Row]) -> None:
+        nonlocal written
+        done = {row["job"] for row in rows}  # what an earlier run had is not lost when this one is stopped too
+        result["rows"] = [*rows, *(row for row in known if row["job"] not in done)]
+        if time.monotonic() - written > _KEEP_S:
+            _show.write_json(file, result)
+            written = time.monotonic()
+
     try:
         machine = worker.machine()
         settings, problem = _settings(args, machine)
         plan = _tunings(args, settings) if args.tune else _plan(args, settings)
-        arguments = asdict(settings) | {"tune": args.tune}
-        result: Row = {"about": {"machine": machine, "arguments": arguments}, "rows": []}
-        file = args.out / ("tune.json" if args.tune else "bench.json")
+        result["about"] = {"machine": machine, "arguments": asdict(settings) | {"tune": args.tune}}
         known = _known(file, result["about"]) if args.resume else []
-
-        def keep(rows: Sequence[Row]) -> None:
-            result["rows"] = list(rows)
-            _show.write_json(file, result)
-
-        budget = None if args.budget is None else max(0.0, args.budget - (time.monotonic() - start))
 
         def ask(job: Job, limit: float) -> Row:
             if problem is not None:
                 return {**job.facts, "status": "failed", "reason": problem}
             return worker.ask(job, settings, limit)
 
-        rows = _run.run(
-            plan, ask, limit=args.row_limit, budget=budget,
-            known=known, note=_show.note, keep=keep,
-        )  # fmt: skip
+        budget = None if args.budget is None else max(0.0, args.budget - (time.monotonic() - start))
+        rows = _run.run(plan, ask, limit=args.row_limit, budget=budget, known=known, note=_show.note, keep=keep)
     finally:
         worker.close()
+        if result["rows"]:  # also of a run that is stopped
+            _show.write_json(file, result)
     return _tuned(args, settings, result, rows) if args.tune else _told(args, settings, result, rows, file)
 
 
