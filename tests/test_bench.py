@@ -321,6 +321,8 @@ def test_a_slow_row_fails_and_the_run_goes_on_and_the_status_tells():
     assert [row["status"] for row in rows] == ["failed", "out of memory", "failed", "missing", "measured"]
     assert kept == [1, 2, 3, 4, 5] and sum("because" in line for line in said) == 3
     assert run.status(rows) == 1 and run.status(rows[3:]) == 0
+    (_, skipped) = run.run([some[0], replace(some[0], mask="random", density=0.5)], ask, limit=5)
+    assert skipped["status"] == "failed" and skipped["reason"].startswith("not tried: timed out peer")
     again = run.run(some, lambda job, limit: {**job.facts, "status": "measured"}, limit=5, known=rows)
     assert [row["status"] for row in again] == ["measured"] * 3 + ["missing", "measured"]
     assert "reason" in again[3] and again[4]["reason"] == "because"  # those were taken over

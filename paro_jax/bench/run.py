@@ -28,7 +28,7 @@ def run(
     limit: seconds a row may take. budget: seconds for all rows; those it does not reach are named so. known: rows of an
     earlier run, which are taken over where they were measured or are missing.
     """
-    start, rows = clock(), []
+    start, rows, hung = clock(), [], {}
     earlier = {row["job"]: row for row in known if row["status"] in ("measured", "missing")}
     for number, job in enumerate(jobs, 1):
         spent = clock() - start
@@ -37,10 +37,13 @@ def run(
             # Ceilings are soon measured, and the last one tells whether the GPU slowed down.
             if budget is not None and spent >= budget and job.kind != "ceiling":
                 row = _not_reached(job, budget)
+            elif (what := _call(job)) in hung:  # a kernel that waits for itself would take the time of all others
+                row = {**job.facts, "status": "failed", "reason": f"not tried: {hung[what]} gave no answer"}
             else:
                 note(f"[{number}/{len(jobs)}, {spent:.0f} s] {job}")
                 row = ask(job, limit if left is None else max(_LEAST, min(limit, left)))
                 if row["status"] == "timed out":
+                    hung[what] = str(job)
                     cut = budget if left is not None and left < limit else None
                     row = {**row, "status": "failed"} if cut is None else _not_reached(job, cut)
                 if row["status"] not in GOOD:
@@ -58,6 +61,11 @@ def status(rows: Iterable[Row]) -> int:
     rows = list(rows)
     ours = [row["status"] for row in rows if row["kind"] in ("attention", "tune")]
     return int(any(row["status"] not in GOOD for row in rows) or (bool(ours) and "measured" not in ours))
+
+
+def _call(job: Job) -> tuple[str, ...]:
+    """What rows share that differ in their masks only."""
+    return job.name, job.contestant, job.qk, job.pv, str(job.tiles)
 
 
 def _not_reached(job: Job, budget: float) -> Row:
