@@ -107,7 +107,7 @@ def measure(
     wall = _wall(call, runs)
     note = None
     try:
-        times, name = (timer or cupti)(call, runs), "cupti" if timer is None else timer.__name__
+        times, name = (timer or cupti)(call, runs), getattr(timer, "__name__", "cupti")
     except Exception as error:  # whatever it is, the call itself ran above: only the timer is missing
         if timer is not None:
             raise
