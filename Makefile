@@ -41,11 +41,14 @@ help:
 demo: $(CORE)
 	@$(PY) -m paro_jax demo --out out/demo $(ARGS)
 
+# Neighbours in a file share fixtures and compiled programs: each worker has one half, and what is left over at the end.
+SHARED := -n $(WORKERS) --dist worksteal
+
 test: $(DEV)
-	@$(PY) -m pytest -n $(WORKERS) $(ARGS)
+	@$(PY) -m pytest $(SHARED) $(ARGS)
 
 test-oldest: $(DEV_OLDEST)
-	@.venv-oldest/bin/python -m pytest -n $(WORKERS) $(ARGS)
+	@.venv-oldest/bin/python -m pytest $(SHARED) $(ARGS)
 
 compile-report: $(COMPILE)
 	@JAX_PLATFORMS=cpu .venv-cuda/bin/python -m paro_jax compile-report $(ARGS)

@@ -6,6 +6,7 @@ import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 
+import jax
 import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file, save_file
@@ -33,6 +34,12 @@ def load(weights: dict, build: Callable[[], nnx.Module], names: Names, folder: p
     """The module with these weights, by way of a file, as a user has them."""
     save_file(weights, folder / "weights.safetensors")
     return load_weights(build, folder / "weights.safetensors", names=names)
+
+
+@jax.jit
+def answer(net: nnx.Module, inputs: dict, plan: AttentionPlan | None = None) -> jax.Array:
+    """The model's output. Weights are an argument: models of one shape are compiled once, and nothing is folded."""
+    return net(**inputs, plan=plan)
 
 
 def dense_plans(grid: TokenGrid, *, sites: int) -> Iterator[AttentionPlan]:

@@ -84,6 +84,11 @@ def test_nan_is_reported_not_hidden():
         assert np.isnan(value)
 
 
+# Every shape that hypothesis draws is compiled: as one program, not operation by operation.
+compiled = jax.jit(lambda a, b: (metrics.cosine(a, b), metrics.relative_l1(a, b)))
+compiled_incoherence = jax.jit(metrics.incoherence, static_argnames="group")
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
@@ -91,11 +96,11 @@ def test_nan_is_reported_not_hidden():
     scale=st.sampled_from([1e-30, 1.0, 1e30]),
 )
 def test_cosine_and_relative_l1_match_float64_numpy_at_any_scale(seed, shape, scale):
-    rng = np.random.default_rng(seed)
-    a, b = rng.standard_normal((2, *shape)).astype(np.float32) * np.float32(scale)
+    a, b = np.random.default_rng(seed).standard_normal((2, *shape)).astype(np.float32) * np.float32(scale)
     x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
-    assert metrics.cosine(a, b) == pytest.approx(x @ y / np.sqrt((x @ x) * (y @ y)), abs=1e-5)
-    assert metrics.relative_l1(a, b) == pytest.approx(np.abs(y - x).sum() / np.abs(x).sum(), rel=1e-5)
+    cosine, relative_l1 = compiled(a, b)
+    assert cosine == pytest.approx(x @ y / np.sqrt((x @ x) * (y @ y)), abs=1e-5)
+    assert relative_l1 == pytest.approx(np.abs(y - x).sum() / np.abs(x).sum(), rel=1e-5)
 
 
 def test_cosine_and_relative_l1_of_zeros():
@@ -129,7 +134,7 @@ def test_retained_mass_of_no_kept_block_and_of_no_mass():
 )
 def test_incoherence_matches_a_loop_over_groups(seed, shape, group):
     x = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-    got = metrics.incoherence(x, group=group)
+    got = compiled_incoherence(x, group=group)
     assert got.shape == (shape[0], -(-shape[1] // group[0]), -(-shape[2] // group[1]))
     for head, i, j in np.ndindex(got.shape):
         tile = np.abs(x[head, i * group[0] : (i + 1) * group[0], j * group[1] : (j + 1) * group[1]].astype(np.float64))

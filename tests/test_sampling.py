@@ -14,6 +14,7 @@ import test_parity_cogvideox as cogvideox
 import test_parity_flux as flux
 import test_parity_wan as wan
 from flax import nnx
+from tiny_models import drawn
 
 from paro_jax import AttentionPlan, BlockMask
 from paro_jax.models.cogvideox import Block as CogVideoXBlock
@@ -133,7 +134,7 @@ def test_one_trace_for_all_steps_layers_and_plans(case, monkeypatch):
 
         return case.sample(around(case, predict), noise, steps=STEPS)
 
-    net, given = case.build(), inputs(case, 1 if case.guidance is None else 2)
+    net, given = drawn(case.build), inputs(case, 1 if case.guidance is None else 2)
     plans = [plan_in_buckets(case, seed) for seed in (0, 1)]
     start = noise(case, 1)
     outs = [np.asarray(generate(net, plan, given, jnp.copy(start))) for plan in plans]
@@ -149,7 +150,7 @@ def test_one_trace_for_all_steps_layers_and_plans(case, monkeypatch):
 def test_each_step_has_the_plan_of_its_bucket():
     """Scanned with the bucket chosen by a traced step, and step by step from the host with the bucket named."""
     case = CASES["wan"]
-    net, given, plan, asked = case.build(), inputs(case, 2), plan_in_buckets(case, 0), []
+    net, given, plan, asked = drawn(case.build), inputs(case, 2), plan_in_buckets(case, 0), []
 
     @jax.jit
     def answer(net, plan, x, timestep):
@@ -171,7 +172,7 @@ def test_each_step_has_the_plan_of_its_bucket():
 def test_two_nets_share_a_run():
     """Wan 2.2 A14B's recipe: two experts, each with weights, plan and guidance of its own, in one compiled call."""
     case, scales = CASES["wan"], (4.0, 3.0)
-    net, given, asked = case.build(), inputs(case, 2), []
+    net, given, asked = drawn(case.build), inputs(case, 2), []
     nets = (net, jax.tree.map(lambda w: 0.9 * w, net))
     plans = [plan_in_buckets(case, seed) for seed in (0, 1)]
 

@@ -57,6 +57,18 @@ WAN = wan.WanConfig(
 VIDEO = dict(num_layers=3, num_attention_heads=2, in_channels=4, out_channels=4)
 
 
+def drawn(build: Callable[[], nnx.Module]) -> Any:
+    """Every weight random, norms and gates too; the model's own draws, which take long to compile, are not made."""
+    graph, params, rest = nnx.split(nnx.eval_shape(build), nnx.Param, ...)
+    r = np.random.default_rng(0)
+
+    def draw(path: tuple, shape: tuple[int, ...]) -> nnx.Param:
+        return nnx.Param(jnp.asarray(r.normal(0.02, 0.1, shape) + (path[-1] == "scale"), jnp.float32))
+
+    flat = [(path, draw(path, x.get_value().shape)) for path, x in nnx.to_flat_state(params)]
+    return nnx.merge(graph, nnx.from_flat_state(flat), rest)
+
+
 class Tiny(NamedTuple):
     """A family: how to build it, at what configuration, its names and configuration in diffusers, and its inputs."""
 
@@ -69,16 +81,8 @@ class Tiny(NamedTuple):
     latents: tuple[int, ...]  # without the batch
 
     def net(self, config: Any = None) -> Any:
-        """Every weight random, norms and gates too; the model's own draws, which take long to compile, are not made."""
-        config = self.config if config is None else config
-        graph, params, rest = nnx.split(nnx.eval_shape(lambda: self.build(config)), nnx.Param, ...)
-        r = np.random.default_rng(0)
-
-        def drawn(path: tuple, shape: tuple[int, ...]) -> nnx.Param:
-            return nnx.Param(jnp.asarray(r.normal(0.02, 0.1, shape) + (path[-1] == "scale"), jnp.float32))
-
-        flat = [(path, drawn(path, x.get_value().shape)) for path, x in nnx.to_flat_state(params)]
-        return nnx.merge(graph, nnx.from_flat_state(flat), rest)
+        """The model of this configuration, or of the family's own, as `drawn` makes it."""
+        return drawn(lambda: self.build(self.config if config is None else config))
 
     def inputs(self, batch: int = 2) -> tuple[jax.Array, ...]:
         """Latents, timestep, text and, for FLUX, pooled text and guidance; every row another."""

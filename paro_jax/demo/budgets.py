@@ -20,7 +20,7 @@ import numpy as np
 import calibrate
 import paro_jax
 from calibrate._choose import RULES
-from paro_jax import AttentionPlan, QuantSpec, metrics, policies
+from paro_jax import AttentionPlan, QuantSpec, metrics, policies, recipes
 from paro_jax.demo import data, model, run
 from paro_jax.models.layers import AttentionFn
 
@@ -52,9 +52,10 @@ class Bench:
         self.dense: list[np.ndarray] = []
 
     def plans(self, **settings: Any) -> list[AttentionPlan]:
-        """A plan per density, with the demo's settings but for those given."""
-        settings = {"rule": run.RULE, "bucket_edges": run.bucket_edges(self.steps), "block": self.block} | settings
-        made = calibrate.make_plans(self.calibration, self.grid, densities=self.densities, progress=False, **settings)
+        """A plan per density, with the demo's settings and this bench's densities but for what is given."""
+        own = {"rule": run.RULE, "bucket_edges": run.bucket_edges(self.steps), "block": self.block}
+        settings = own | {"densities": self.densities} | settings
+        made = calibrate.make_plans(self.calibration, self.grid, progress=False, **settings)
         return [plan for plan, _ in made]
 
     def rows(self, name: Row, plans: Sequence[AttentionPlan], attention_fn: AttentionFn | None = None) -> list[Row]:
@@ -157,7 +158,40 @@ def orders(bench: Bench) -> list[Row]:
     return rows
 
 
-TABLES = {table.__name__: table for table in (rules, text, buckets, orders)}
+def integers(bench: Bench) -> list[Row]:
+    """Integer attention in PARO's orders and in model order, head by head: dense, and each under its own masks.
+
+    Orders by attention mass at the least density, and by the error of the quantised output itself. better: heads whose
+    output is nearer to dense attention in PARO's orders, mean over held-out samples, of the `heads` whose order is not
+    model order; of those others the two are one computation.
+    """
+    densities = (1.0, *bench.densities)
+    rows = []
+    for name in ("PARO INT8", "naive INT8", "PARO INT4", "naive INT4"):
+        options: dict[str, Any] = {"densities": densities, "quant": recipes.ALL[name]}
+        ours = {"mass": bench.plans(**options), "error": bench.plans(objective="error", **options)}
+        ours["mass"][0] = ours["mass"][-1].with_mask(ours["mass"][0].mask())  # dense, all orders have all mass
+        for i, there in enumerate(bench.plans(orders=bench.grid.orders[:1], **options)):
+            before = by_head(bench.heldout, there, bench.steps)
+            for objective, plans in ours.items():
+                found = by_head(bench.heldout, plans[i], bench.steps)
+                moved = (np.asarray(plans[i].order) != np.asarray(there.order))[0]  # buckets share orders
+                better = (found < before)[moved]
+                row: Row = {"recipe": name, "density": densities[i], "orders by": objective}
+                row |= {"l1": float(found.mean()), "l1, model order": float(before.mean())}
+                rows.append(row | {"better": int(better.sum()), "heads": better.size, "of": moved.size})
+                bench.note(f"{rows[-1]}")
+    return rows
+
+
+def by_head(samples: Samples, plan: AttentionPlan, steps: int) -> np.ndarray:
+    """Relative L1 of each head's output, [layers, heads]: mean over the samples of a layer."""
+    l1, _ = output_errors(samples, plan, steps)
+    sites = np.array([sample.site for sample in samples])
+    return np.stack([l1[sites == site].mean(axis=0) for site in range(sites.max() + 1)])
+
+
+TABLES = {table.__name__: table for table in (rules, text, buckets, orders, integers)}
 
 
 def markdown(rows: Sequence[Row]) -> str:

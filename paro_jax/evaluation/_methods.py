@@ -262,6 +262,10 @@ def _paro_bricks(context: Context, density: float) -> Setting:
     return Setting(context.calibrated(density, context.bricks(), rule="row"))
 
 
+def _paro_error_orders(context: Context, density: float) -> Setting:
+    return Setting(context.calibrated(density, rule="error", objective="error"))
+
+
 def _no_reorder(context: Context, density: float) -> Setting:
     return Setting(context.calibrated(density, rule="row", orders=context.grid.orders[:1]))
 
@@ -399,13 +403,15 @@ def _radial(context: Context, density: float) -> Setting:
     def at(decay: float) -> BlockMask:
         return policies.radial(context.grid, decay=decay, sink=False, block=context.block)
 
-    return Setting(context.everywhere(at(policies.at_density(at, density, low=0.01, high=1.0))))
+    # Published at decays from 0.2 to 1, which on a short video of small frames are all the same mask.
+    return Setting(context.everywhere(at(policies.at_density(at, density, low=0.01, high=1.0) if density else 1.0)))
 
 
 METHODS = (
     Method("PARO", "arXiv 2506.16054, the same budget for every row of blocks", _paro),
     Method("PARO, one threshold", "arXiv 2506.16054, one mass threshold for all blocks", _paro_global),
     Method("PARO, error budget", "the budget by predicted output error", _paro_error),
+    Method("PARO, error budget + orders", "orders by measured output error too", _paro_error_orders),
     Method("PARO + means", "what is skipped as its means", _compensated(_paro)),
     Method("PARO, error budget + means", "both", _compensated(_paro_error)),
     Method("PARO, bricks", "PARO with a brick order among the candidates", _paro_bricks),
@@ -421,7 +427,7 @@ METHODS = (
     Method("DiTFastAttn", "arXiv 2406.08552, window and residual, full steps at even intervals", _ditfastattn),
     Method("Sparse-vDiT", "arXiv 2506.03065", _sparse_vdit),
     Method("STA", "arXiv 2502.04507", _sliding_tile),
-    Method("Radial", "arXiv 2506.19852", _radial),
+    Method("Radial", "arXiv 2506.19852, at its own density", _radial, densities=False),
     Method("Gilbert + SpargeAttn", "xDiT: neighbours on a Gilbert curve", _fitted(union_with_sparge_cdf, _neighbours)),
     Method("XAttention", "arXiv 2503.16428", _fitted(xattention, _model_order)),
     Method("PARO + XAttention", "XAttention on PARO's orders", _fitted(xattention, _paro_order)),
