@@ -77,13 +77,14 @@ def source() -> str:
     return ", then ".join(found) or "none measured for this device: each backend's first candidate (paro bench --tune)"
 
 
-def write(rows: list[dict[str, Any]], about: dict[str, Any], folder: Path | None = None) -> Path:
-    """Write the table of this device: into `folder`, else the package's, else the user's own. Returns its path.
+def write(rows: list[dict[str, Any]], about: dict[str, Any]) -> Path:
+    """Write the table of this device into the package, else the user's own folder; a CPU's into that. Returns its path.
 
     rows: `key`, `q_tokens` and `candidates`: [{"tiles": {...}, "ms": median or None, ...}]. Rows of an older table
     about other requests stay. Raises OSError when no folder can be written.
     """
-    folders = (PACKAGE, user_folder()) if folder is None else (folder,)
+    # All CPUs have one name: what is measured on one is nobody else's.
+    folders = (user_folder(),) if device_slug() == "cpu" else (PACKAGE, user_folder())
     name, refused = f"{device_slug()}.json", None
     for place in folders:
         file = place / name
@@ -112,13 +113,13 @@ def _frozen(tiles: dict[str, Any]) -> tuple:
 
 def _rows(file: Path) -> list[dict[str, Any]]:
     try:
-        return _read(file, file.stat().st_mtime_ns)
+        return _read(file, file.stat().st_mtime_ns, file.stat().st_size)
     except OSError:
         return []
 
 
 @lru_cache(maxsize=8)
-def _read(file: Path, when: int) -> list[dict[str, Any]]:
+def _read(file: Path, when: int, size: int) -> list[dict[str, Any]]:
     """The rows of a table; a table that is none is named in a warning and left alone."""
     try:
         table = json.loads(file.read_text())

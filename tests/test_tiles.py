@@ -28,6 +28,7 @@ def folders(monkeypatch, tmp_path):
     package, user = tmp_path / "package", tmp_path / "home"
     monkeypatch.setattr(_tiles, "PACKAGE", package)
     monkeypatch.setattr(_tiles, "user_folder", lambda: user)
+    monkeypatch.setattr(_tiles, "device_slug", lambda: "toy_gpu")
     return package, user
 
 
@@ -67,7 +68,7 @@ def test_the_nearest_length_speaks_and_new_rows_replace_their_own_only(folders):
     assert _tiles.measured(request, HOPPER) == b == _tiles.measured(longer, HOPPER)
 
 
-def test_a_folder_that_cannot_be_written_gives_way_to_the_users_own(folders):
+def test_a_folder_that_cannot_be_written_gives_way_to_the_users_own(folders, monkeypatch):
     package, user = folders
     a, b, *_ = xla.candidates(REQUEST)
     _tiles.write(table(REQUEST, XLA, {a: 1.0}), {})
@@ -79,7 +80,10 @@ def test_a_folder_that_cannot_be_written_gives_way_to_the_users_own(folders):
     assert "none measured" in _tiles.source()
     assert _tiles.write(table(REQUEST, XLA, {b: 1.0}), {}).parent == user
     assert _tiles.measured(REQUEST, XLA) == b and str(user) in _tiles.source()
-    user_file = next(user.iterdir())
+    monkeypatch.setattr(_tiles, "device_slug", lambda: "cpu")
+    assert _tiles.write(table(REQUEST, XLA, {a: 1.0}), {}).parent == user  # nobody else's CPU
+    assert _tiles.measured(REQUEST, XLA) == a
+    user_file = user / "cpu.json"
     with pytest.warns(UserWarning, match="not a table of tiles"):
         user_file.write_text('{"schema": 99, "rows": []}')
         assert _tiles.measured(REQUEST, XLA) is None
