@@ -4,6 +4,7 @@
 # make compile-report  compile the GPU kernels without a GPU and say what they became (installs 1.4 GB)
 # make compile-test    the tests that need that compiler
 # make covering-test   each width, head_dim, block and length beside each other, in the interpreter (minutes)
+# make bench-gpu   the benchmark on this GPU, at most 8 minutes; writes out/bench-gpu/ (docs/benchmarks.md)
 # make lint        ruff and pyright
 # make notebooks   run notebooks/*.py and write the .ipynb beside each
 # make train       train the demo's model again (long on a CPU)
@@ -26,9 +27,12 @@ KEY := $(shell (pwd; cat pyproject.toml constraints.txt) | cksum | cut -d ' ' -f
 CORE := $(VENV)/.core-$(KEY)
 DEV := $(VENV)/.dev-$(KEY)
 COMPILE := .venv-cuda/.compile-$(KEY)
+GPU := .venv-gpu/.gpu-$(KEY)
+# A Python that has jax for CUDA, where there is one; else .venv-gpu is set up.
+GPU_PYTHON ?=
 DEV_OLDEST := .venv-oldest/.dev-$(KEY)
 
-.PHONY: help demo test test-oldest compile-report compile-test covering-test lint notebooks train clean clean-all
+.PHONY: help demo test test-oldest compile-report compile-test covering-test bench-gpu lint notebooks train clean clean-all
 .DELETE_ON_ERROR:
 
 help:
@@ -55,6 +59,11 @@ compile-test: $(COMPILE)
 covering-test: $(DEV)
 	@$(PY) -m pytest -n $(WORKERS) -m covering $(ARGS)
 
+# 450 of the 480 seconds are for rows; a row that was begun and the chart come after.
+bench-gpu: $(if $(GPU_PYTHON),,$(GPU))
+	@PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(or $(GPU_PYTHON),.venv-gpu/bin/python) -m paro_jax bench --gpu --budget 450 --row-limit 90 \
+		--out out/bench-gpu $(ARGS)
+
 lint: $(DEV)
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
@@ -76,7 +85,7 @@ clean:
 	@find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 clean-all: clean
-	@rm -rf .venv .venv-cuda .venv-oldest
+	@rm -rf .venv .venv-cuda .venv-gpu .venv-oldest
 
 # $(call python,VENV): the interpreter for VENV; one line and no more when there is none.
 python = $(if $(filter error:,$(firstword $(found))),$(error $(wordlist 2,999,$(found))),$(found))
@@ -93,6 +102,10 @@ $(DEV):
 $(COMPILE):
 	@bash tools/install .venv-cuda "$(call python,.venv-cuda)" constraints.txt -e '.[dev,compile]'
 	@rm -f .venv-cuda/.compile-* && touch $@
+
+$(GPU):
+	@bash tools/install .venv-gpu "$(call python,.venv-gpu)" constraints.txt -e '.[cuda13]'
+	@rm -f .venv-gpu/.gpu-* && touch $@
 
 $(DEV_OLDEST):
 	@mkdir -p out

@@ -1,7 +1,8 @@
 """Who can serve a request, and if nobody can, why not.
 
-A backend is a name, a `why_not` and a `run`. `choose` takes the first whose `why_not` is None. The same function
-answers the call, filters the tests, prints the support table and feeds `paro doctor`, so a choice is never silent.
+A backend is a name, a `why_not`, a `run`, and the tiles it could run with. `choose` takes the first whose `why_not` is
+None. The same function answers the call, filters the tests, prints the support table and feeds `paro doctor`, so a
+choice is never silent.
 """
 
 from collections.abc import Callable, Sequence
@@ -58,6 +59,7 @@ class Backend(NamedTuple):
     run: Callable[..., Any]
     default: bool = True
     layouts: tuple[str, ...] = ("rows",)
+    candidates: Callable[[Request], Sequence[Any]] | None = None  # its tiles, the likely fastest first; for `tiles=`
 
 
 class NoBackend(NotImplementedError):

@@ -9,16 +9,19 @@ from pallas_kernels.block_attention import BACKENDS as BLOCK_ATTENTION
 
 
 def _attention(
-    tokens: int, heads: int, head_dim: int, block: tuple[int, int] = (64, 64), dtype: str = "bfloat16"
+    tokens: int, heads: int, head_dim: int, block: tuple[int, int] = (64, 64), dtype: str = "bfloat16", batch: int = 1
 ) -> Request:
-    return Request("block_attention", 1, heads, tokens, tokens, head_dim, dtype, block)
+    return Request("block_attention", batch, heads, tokens, tokens, head_dim, dtype, block)
 
 
-# Token counts: CogVideoX-5B 226 text + 13 * 30 * 45; Wan2.1-14B 21 * 45 * 80; Flux.1 512 text + 64 * 64.
+# Token counts: CogVideoX-5B 226 text + 13 * 30 * 45, with guidance a batch of 2; Wan2.1-14B 21 * 30 * 52 and
+# 21 * 45 * 80; Flux.1 512 text + 64 * 64 and 128 * 128.
 WORKLOADS: dict[str, Request] = {
-    "cogvideox_5b": _attention(17776, 48, 64),
+    "cogvideox_5b": _attention(17776, 48, 64, batch=2),
+    "wan_14b_480p": _attention(32760, 40, 128),
     "wan_14b_720p": _attention(75600, 40, 128),
     "flux_1024": _attention(4608, 24, 128),
+    "flux_2048": _attention(16896, 24, 128),
     "tiny_video": _attention(16 + 3 * 5 * 7, 2, 32, (64, 64), "float32"),
     "tiny_cross": replace(_attention(130, 2, 64, (64, 128), "float32"), kv_tokens=257),
     "tiny_one": _attention(1, 1, 32, (64, 64), "float32"),

@@ -285,7 +285,7 @@ def _rounded(x, slots, plan, quant: QuantSpec, role, norm, rope, layout, impleme
     )
 
 
-@partial(jax.jit, static_argnames=("scale", "implementation", "return_residual"))
+@partial(jax.jit, static_argnames=("scale", "implementation", "return_residual", "tiles"))
 def _attended(
     q: TokenBlocks,
     k: TokenBlocks,
@@ -295,6 +295,8 @@ def _attended(
     implementation,
     return_residual,
     query=None,
+    schedule=None,  # (count, index, slots) where they were unpacked before, and the backend's tiles: for `paro bench`
+    tiles=None,
 ):
     if plan.wide is not None:
 
@@ -311,7 +313,7 @@ def _attended(
         return jax.lax.cond(plan.wide, lambda: at(plan.wide_quant), lambda: at(plan.quant))
 
     scale = 1.0 / math.sqrt(q.head_dim) if scale is None else scale
-    count, index = plan.mask().schedule()
+    count, index, slots = (*plan.mask().schedule(), plan.slots) if schedule is None else schedule
     delta = None
     if q.mean is not None and k.exact is not None:
         delta = jnp.einsum("bhid,bhkd->bhik", q.mean, k.exact.astype(jnp.float32), precision="highest")
@@ -324,7 +326,7 @@ def _attended(
         index,
         block=plan.block,
         scale=scale,
-        slots=plan.slots,
+        slots=slots,
         qk=plan.quant.qk,
         pv=plan.quant.pv,
         p_scale=plan.quant.p_scale,
@@ -337,6 +339,7 @@ def _attended(
         head_dim=v.head_dim,
         kv_tokens=plan.grid.tokens,
         implementation=implementation,
+        tiles=tiles,
         return_residual=True,
     )
     if v.mean is not None:  # weights sum to 1, except where there are none
@@ -348,7 +351,7 @@ def _attended(
         lacking = jnp.einsum("bnhd,bhd->bnh", query.astype(jnp.float32), k.mean, precision="highest")
     else:
         mean = _hadamard.rotate(k.mean) if plan.quant.rotates("k") else k.mean
-        lacking = _model_order(_row_products(q, mean), plan.slots)
+        lacking = _model_order(_row_products(q, mean), slots)
     return o, lse + scale * lacking
 
 

@@ -256,7 +256,7 @@ def test_shard_map_over_batch_and_heads():
 @pytest.mark.parametrize("kind", ["random", "tenfold"])
 def test_steps_follow_the_kept_blocks_in_total(kind, density):
     """What the loops visit, padding included, is within 8 % of what is kept, also when rows differ tenfold."""
-    from pallas_kernels.bench import tenfold
+    from pallas_kernels.bench.promises import tenfold
 
     rng, shape = np.random.default_rng(0), (4, 128, 128)
     keep = rng.random(shape) < density if kind == "random" else tenfold(rng, shape, density)

@@ -9,8 +9,8 @@ import pytest
 from problems import Problem, schedule
 
 from pallas_kernels import Backend, NoBackend, Request, arrange, block_attention, choose, device_name, workloads
-from pallas_kernels import bench as kernel_bench
 from pallas_kernels._choose import FEATURES
+from pallas_kernels.bench import promises as kernel_bench
 from pallas_kernels.block_attention import BACKENDS
 
 REQUEST = workloads.WORKLOADS["tiny_video"]

@@ -154,10 +154,13 @@ MISTAKES = {
     "checkpoint over a folder": (
         [*ON_FILE, "--density", "0.9", "-o", "{tmp}/p", "--checkpoint", "{tmp}"], "--checkpoint: {tmp} is a folder"
     ),
-    "bench into a folder": (["bench", "--only", "import", "--out", "{tmp}"], "--out: {tmp} is a folder"),
+    "bench into a file": (["bench", "--promises", "import", "--out", "{tmp}/junk.safetensors"], "--out: {tmp}/junk"),
+    "unknown workload": (["bench", "--workloads", "sora"], "--workloads: expected some of cogvideox_5b, "),
+    "unknown kernel": (["bench", "--backend", "cuda"], "--backend: expected one of hopper, "),
+    "unknown widths": (["bench", "--widths", "int3/int8"], "pair of widths such as int8/bf16"),
     "negative seed": (["demo", "--seed", "-1"], "--seed: invalid non-negative integer value: '-1'"),
     "too many steps": (["demo", "--steps", "1001"], "--steps: invalid number of steps, 1 to 1000, value: '1001'"),
-    "unknown bench": (["bench", "--only", "speed"], "speed"),
+    "unknown bench": (["bench", "--promises", "speed"], "speed"),
 }  # fmt: skip
 
 
@@ -434,11 +437,11 @@ def test_doctor(capsys):
 
 def test_bench_import(capsys, tmp_path):
     status, out, err = paro(
-        capsys, "bench", "--backend", "xla", "--only", "import", "--json", "--out", tmp_path / "b.json"
+        capsys, "bench", "--backend", "xla", "--promises", "import", "--json", "--out", tmp_path / "b"
     )
     assert status == 0
     value = only_json(out)
-    assert value == only_json((tmp_path / "b.json").read_text())
+    assert value == only_json((tmp_path / "b" / "promises.json").read_text())
     names = {row["name"]: row for row in value["rows"]}
     assert set(names) == {"import paro_jax beyond import jax", "heavy packages imported by import paro_jax"}
     assert all(isinstance(row["met"], bool) for row in value["rows"])
@@ -446,8 +449,8 @@ def test_bench_import(capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_bench_invisibility_on_a_few_problems(capsys):
-    status, out, _ = paro(capsys, "bench", "--only", "invisibility", "--problems", 12, "--json")
+def test_bench_invisibility_on_a_few_problems(capsys, tmp_path):
+    status, out, _ = paro(capsys, "bench", "--promises", "invisibility", "--problems", 12, "--json", "--out", tmp_path)
     assert status == 0
     (row,) = only_json(out)["rows"]
     assert row["problems"] >= 12 and row["met"] and 0 < row["measured"] <= 1e-5

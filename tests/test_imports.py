@@ -29,7 +29,7 @@ def test_no_heavy_package_is_imported(module):
 
 
 def test_it_adds_less_than_a_second_and_a_half_to_jax():
-    """Time of this process alone, so that a busy machine does not matter. The figure itself is in `paro bench`."""
+    """Time of this process alone, so that a busy machine does not matter. The figure is in `paro bench --promises`."""
     code = "import time, jax; start = time.process_time(); import paro_jax; print(time.process_time() - start)"
     assert min(float(run(code)) for _ in range(2)) < 1.5
 

@@ -41,8 +41,8 @@ def test_the_python_of_the_readme_runs_as_one_program(tmp_path):
     assert (tmp_path / "plan.safetensors").exists()
 
 
-# bench takes minutes in full, so its cheapest figure stands for it; every figure has its own test in test_cli.
-SHORTER = {"bench": ["--only", "import"]}
+# bench takes minutes in full, so its cheapest figure stands for it; test_bench.py and test_cli.py have the others.
+SHORTER = {"bench": ["--promises", "import"]}
 # Minutes too, most of them compiling: `.ci/run` runs it as it stands, from the wheel; test_demo reads what it writes.
 IN_CI = ["paro demo --quick"]
 

@@ -7,15 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import _check, _choose, _packed
+from pallas_kernels import _check, _choose, _packed, _tiles
 from pallas_kernels._check import mistake, require_shape
 from pallas_kernels.block_attention import hopper, reference, xla
 
 LAYOUTS = ("rows", "hopper", _packed.PACKED)
 BACKENDS = (
     # Until it has run on a GPU, it serves only whoever names it.
-    _choose.Backend("hopper", hopper.why_not, hopper.run, default=False, layouts=("hopper", _packed.PACKED, "rows")),
-    _choose.Backend("xla", xla.why_not, xla.run),
+    _choose.Backend(
+        "hopper",
+        hopper.why_not,
+        hopper.run,
+        default=False,
+        layouts=("hopper", _packed.PACKED, "rows"),
+        candidates=hopper.candidates,
+    ),
+    _choose.Backend("xla", xla.why_not, xla.run, candidates=xla.candidates),
     _choose.Backend("reference", reference.why_not, reference.run, default=False),
 )
 
@@ -42,6 +49,7 @@ def block_attention(
     head_dim: int | None = None,
     kv_tokens: int | None = None,
     implementation: str | None = None,
+    tiles: Any = None,
     return_residual: bool = False,
 ) -> Any:
     """softmax(scale * q k^T) v over the kept blocks, renormalised over them (PAROAttention, section 3.2).
@@ -59,6 +67,8 @@ def block_attention(
     layout: "rows", or that of `arrange` which made the operands (it says what they look like), "hopper" or
     "hopper_packed"; then head_dim is how many of the padded channels are real, and kv_tokens how many key tokens, which
     a packed K does not show.
+    tiles: one of the backend's `candidates`; None: the fastest in this device's table (`paro bench --tune`), else the
+    first.
     out_dtype: default v's dtype, else q's, where that is a float, else float32.
 
     Returns o [B, Nq, H, D] in model order; with return_residual also lse f32 [B, Nq, H], the natural log-sum-exp of the
@@ -144,6 +154,9 @@ def block_attention(
     )
     backend = _choose.choose(request, BACKENDS, implementation)
     options = dict(block=(bq, bk), scale=scale, qk=qk, pv=pv, p_scale=p_scale, out_dtype=out_dtype)
+    if tiles is None:
+        tiles = _tiles.measured(request, backend)
+    options |= {} if tiles is None else {"tiles": tiles}
     if layout != "rows":
         options |= dict(layout=layout, kv_tokens=kv_tokens)
     run = partial(backend.run, **options)

@@ -125,10 +125,12 @@ def out_channels(dim: int) -> int:
     return dim if dim < 128 else 64
 
 
-@partial(jax.jit, static_argnames=("block", "scale", "qk", "pv", "p_scale", "out_dtype", "layout", "kv_tokens"))
+@partial(
+    jax.jit, static_argnames=("block", "scale", "qk", "pv", "p_scale", "out_dtype", "layout", "kv_tokens", "tiles")
+)
 def run(
     q, k, v, count, index, slots, q_scale, k_scale, v_scale, *, block, scale, qk, pv, p_scale, out_dtype,
-    layout="rows", kv_tokens=None,
+    layout="rows", kv_tokens=None, tiles=None,
 ):  # fmt: skip
     """See block_attention; arguments are checked there. Returns (o [B, Nq, H, D], lse f32 [B, Nq, H])."""
     spec = Spec(block, scale, qk, pv, p_scale, out_dtype)
@@ -138,7 +140,7 @@ def run(
         "block_attention", batch, heads, q_tokens, kv_tokens, head_dim, dtype, block, qk, pv, p_scale, "sm_90",
         layout=layout,
     )  # fmt: skip
-    (tiles, *_) = candidates(request)
+    tiles = tiles or candidates(request)[0]
     arrays = _check.share_mesh_axes(q, k, v, count, index, slots, q_scale, k_scale, v_scale)
     q, k, v, count, index, slots, q_scale, k_scale, v_scale = arrays
     if qk == pv == "bf16":

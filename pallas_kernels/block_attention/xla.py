@@ -60,17 +60,28 @@ class Spec(NamedTuple):
     out_dtype: Any
 
 
-@partial(jax.jit, static_argnames=("block", "scale", "qk", "pv", "p_scale", "out_dtype"))
+def candidates(request: Request) -> tuple[Tiles, ...]:
+    """What `tiles` says, then half and twice of it either way."""
+    (bq, bk), rows = request.block, request.batch * request.heads * -(-request.q_tokens // request.block[0])
+    blocks = -(-request.kv_tokens // bk)
+    first = tiles(rows, blocks, bq, bk)
+    teams, steps = ((x, max(1, x // 2), 2 * x) for x in (first.team, first.step))
+    every = (Tiles(min(team, rows), min(step, blocks)) for team in teams for step in steps)
+    return tuple(dict.fromkeys(every))
+
+
+@partial(jax.jit, static_argnames=("block", "scale", "qk", "pv", "p_scale", "out_dtype", "tiles"))
 def run(
-    q, k, v, count, index, slots, q_scale, k_scale, v_scale, delta=None, *, block, scale, qk, pv, p_scale, out_dtype
+    q, k, v, count, index, slots, q_scale, k_scale, v_scale, delta=None, *, block, scale, qk, pv, p_scale, out_dtype,
+    tiles=None,
 ):  # fmt: skip
     """See block_attention; arguments are checked there. Returns (o [B, Nq, H, D], lse f32 [B, Nq, H])."""
     spec = Spec(block, scale, qk, pv, p_scale, out_dtype)
     arrays = _check.share_mesh_axes(q, k, v, count, index, slots, q_scale, k_scale, v_scale, delta)
     q, k, v, count, index, slots, q_scale, k_scale, v_scale, delta = arrays
     if qk == "bf16" and pv == "bf16" and delta is None:
-        return _attend(spec, q, k, v, count, index, slots)
-    return _forward(spec, q, k, v, count, index, slots, q_scale, k_scale, v_scale, delta)
+        return _attend(spec, tiles, q, k, v, count, index, slots)
+    return _forward(spec, tiles, q, k, v, count, index, slots, q_scale, k_scale, v_scale, delta)
 
 
 # ---- the schedule ---------------------------------------------------------------------------------------------------
@@ -166,11 +177,13 @@ def _compute_dtype(width: str, dtype: Any) -> Any:
 # ---- forward --------------------------------------------------------------------------------------------------------
 
 
-def _forward(spec: Spec, q, k, v, count, index, slots, q_scale=None, k_scale=None, v_scale=None, delta=None):
+def _forward(
+    spec: Spec, sizes: Tiles | None, q, k, v, count, index, slots, q_scale=None, k_scale=None, v_scale=None, delta=None
+):  # fmt: skip
     (batch, heads, q_tokens, head_dim), kv_tokens = q.shape, k.shape[2]
     bq, bk = spec.block
     nk = index.shape[2]
-    sizes = tiles(batch * heads * index.shape[1], nk, bq, bk)
+    sizes = sizes or tiles(batch * heads * index.shape[1], nk, bq, bk)
     teams = _teams(count, index, batch, sizes)
     step, team = sizes.step, teams.row.shape[1]
     to_log2 = spec.scale * math.log2(math.e)
@@ -268,14 +281,19 @@ def _to_kernel(x: jax.Array, slots: jax.Array | None) -> jax.Array:
 # ---- gradient -------------------------------------------------------------------------------------------------------
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(spec: Spec, q, k, v, count, index, slots):
-    return _forward(spec, q, k, v, count, index, slots)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(spec: Spec, sizes: Tiles | None, q, k, v, count, index, slots):
+    return _forward(spec, sizes, q, k, v, count, index, slots)
 
 
-def _attend_fwd(spec, q, k, v, count, index, slots):
-    o, lse = _forward(spec, q, k, v, count, index, slots)
+def _attend_fwd(spec, sizes, q, k, v, count, index, slots):
+    o, lse = _forward(spec, sizes, q, k, v, count, index, slots)
     return (o, lse), (q, k, v, count, index, slots, o, lse)
+
+
+def _attend_bwd(spec, sizes, saved, cotangents):
+    """In tiles of its own: its steps hold more than the forward's."""
+    return attend_bwd(spec, saved, cotangents)
 
 
 def attend_bwd(spec, saved, cotangents):
@@ -365,4 +383,4 @@ def _transposed(count: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Arra
     return keep.sum(axis=2, dtype=jnp.int32), jnp.argsort(~keep, axis=2, stable=True).astype(jnp.int32)
 
 
-_attend.defvjp(_attend_fwd, attend_bwd)
+_attend.defvjp(_attend_fwd, _attend_bwd)

@@ -1,61 +1,341 @@
-"""`paro bench`: every figure the project promises, measured here, next to its target.
+"""`paro bench`: attention on named workloads, beside peers on the same tensors; tiles by measurement; promises."""
 
-A figure is a row: `name`, `measured`, `unit`, `target` (an upper bound), `met`, and what it was measured on. The
-kernels' figures come from `pallas_kernels.bench`, calibration's from `calibrate.bench`; this file adds the others.
-"""
+from __future__ import annotations
 
 import argparse
-import statistics
-import subprocess
+import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from paro_jax._cli import _show
+from paro_jax.bench.promises import FIGURES
+
+if TYPE_CHECKING:
+    from paro_jax.bench.jobs import Job, Settings
 
 Row = dict[str, Any]
-_HEAVY = ("flax", "matplotlib", "orbax")  # a user who only wants attention must not wait for these
+_CPU_TOKENS, _CPU_HEADS = 2048, 2
+_QUICK_TOKENS = 512
+_KEEP_S = 2.0  # the file is written at most this often
 
 
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
-        help="measure what the project promises, next to its targets",
-        description="Measure every figure that the project promises, on this machine, next to its target. Minutes; "
-        "let nothing else run. The exit status does not depend on whether targets are met.",
+        help="measure attention on named workloads, next to its peers on the same tensors",
+        description="Measure attention on named workloads at several densities and widths, next to every peer that is "
+        "installed, and write DIR/bench.json and DIR/bench.png. Each row runs in a process that may fail without the "
+        "others. Let nothing else run. Exit status 1: a row failed; what is missing here is no failure. On a "
+        f"CPU workloads are shrunk to {_CPU_TOKENS} tokens and {_CPU_HEADS} heads unless --tokens and --heads say so.",
     )
-    parser.add_argument("--backend", choices=["xla"], default="xla", help="(default xla)")
-    parser.add_argument("--only", choices=list(_FIGURES), nargs="+", metavar="FIGURE", help=", ".join(_FIGURES))
     parser.add_argument(
-        "--problems",
-        type=_show.positive,
-        default=300,
-        metavar="N",
-        help="problems of the invisibility check (default 300)",
+        "--backend", metavar="NAME", help="hopper, xla, ... (default: the kernel for this device, else xla)"
     )
-    parser.add_argument("--out", type=_show.path, metavar="FILE", help="also write the rows as JSON")
+    parser.add_argument("--workloads", nargs="+", metavar="NAME", help="(default: all)")
+    parser.add_argument(
+        "--density",
+        type=_show.density,
+        nargs="+",
+        metavar="D",
+        help="kept blocks / all blocks (default 1 0.5 0.3 0.2 0.125)",
+    )
+    parser.add_argument(
+        "--widths", type=_widths, nargs="+", metavar="QK/PV", help="(default bf16/bf16 int8/int8 fp8/fp8 int8/bf16)"
+    )
+    parser.add_argument(
+        "--kinds", choices=["attention", "peer", "path", "scaling"], nargs="+", help="of rows (default all)"
+    )
+    parser.add_argument("--masks", choices=["calibrated", "random"], nargs="+", help="(default both)")
+    parser.add_argument(
+        "--block", type=_show.positive, nargs=2, metavar="B", help="(default 128 128 on sm_90, else 64 64)"
+    )
+    parser.add_argument("--tokens", type=_show.positive, metavar="N", help="shrink the workloads to about N tokens")
+    parser.add_argument("--heads", type=_show.positive, metavar="N", help="and to N heads")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"two workloads of {_QUICK_TOKENS} tokens, few rows: does all of it work?"
+    )
+    parser.add_argument("--gpu", action="store_true", help="without a GPU fail instead of measuring the CPU")
+    parser.add_argument("--budget", type=_show.positive, metavar="S", help="seconds for all rows; most important first")
+    parser.add_argument(
+        "--row-limit", type=_show.positive, default=180, metavar="S", help="seconds for one row (default 180)"
+    )
+    parser.add_argument("--torch-python", default=sys.executable, metavar="PATH", help="a Python that has torch")
+    parser.add_argument("--resume", action="store_true", help="take over what DIR/bench.json has of the same run")
+    parser.add_argument(
+        "--tune", action="store_true", help="measure every tile instead, and write the table of this device"
+    )
+    parser.add_argument(
+        "--promises", choices=list(FIGURES), nargs="*", metavar="FIGURE",
+        help=f"instead: figures with targets that need no peer: {', '.join(FIGURES)} (default all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--problems", type=_show.positive, default=300, metavar="N", help="of the promise invisibility (default 300)"
+    )
+    parser.add_argument("--out", type=_show.path, default=Path("out/bench"), metavar="DIR", help="(default out/bench)")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.out is not None:
-        _show.probe("--out", args.out)
+    if args.promises is not None:
+        return _promises(args)
+    from paro_jax.bench import run as _run
+    from paro_jax.bench.worker import Worker
+
+    start = time.monotonic()
+    _check(args)
+    _show.probe("--out", args.out, folder=True)
+    worker, file = Worker(), args.out / ("tune.json" if args.tune else "bench.json")
+    result: Row = {"about": {}, "rows": []}
+    known: list[Row] = []
+    written = time.monotonic()
+
+    def keep(rows: Sequence[Row]) -> None:
+        nonlocal written
+        done = {row["job"] for row in rows}  # what an earlier run had is not lost when this one is stopped too
+        result["rows"] = [*rows, *(row for row in known if row["job"] not in done)]
+        if time.monotonic() - written > _KEEP_S:
+            _show.write_json(file, result)
+            written = time.monotonic()
+
+    try:
+        machine = worker.machine()
+        settings, problem = _settings(args, machine)
+        plan = _tunings(args, settings) if args.tune else _plan(args, settings)
+        result["about"] = {"machine": machine, "arguments": asdict(settings) | {"tune": args.tune}}
+        known = _known(file, result["about"]) if args.resume else []
+
+        def ask(job: Job, limit: float) -> Row:
+            if problem is not None:
+                return {**job.facts, "status": "failed", "reason": problem}
+            return worker.ask(job, settings, limit)
+
+        budget = None if args.budget is None else max(0.0, args.budget - (time.monotonic() - start))
+        rows = _run.run(plan, ask, limit=args.row_limit, budget=budget, known=known, note=_show.note, keep=keep)
+    finally:
+        worker.close()
+        if result["rows"]:  # also of a run that is stopped
+            _show.write_json(file, result)
+    return _tuned(args, settings, result, rows) if args.tune else _told(args, settings, result, rows, file)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """UserError for what no device would change."""
+    from pallas_kernels.block_attention import BACKENDS
+    from paro_jax.bench.cases import GRIDS
+
+    for name in args.workloads or ():
+        if name not in GRIDS:
+            raise _show.UserError(f"--workloads: expected some of {', '.join(GRIDS)}; got {name!r}")
+    names = [backend.name for backend in BACKENDS]
+    if args.backend is not None and args.backend not in names:
+        raise _show.UserError(f"--backend: expected one of {', '.join(names)}; got {args.backend!r}")
+
+
+def _settings(args: argparse.Namespace, machine: Row) -> tuple[Settings, str | None]:
+    """What the rows share, and why none of them can be measured, if so."""
+    from paro_jax.bench.cases import DENSITIES
+    from paro_jax.bench.jobs import Settings
+
+    device, problem = machine.get("backends_see", "unknown"), machine.get("problem")
+    is_gpu = device.startswith("sm_")
+    if problem is None and args.gpu and not is_gpu:
+        problem = f"no GPU: jax sees {machine['device']} alone ({machine['no_gpu']})"
+    if problem is not None:
+        _show.note(f"no row can be measured: {problem}")
+        device, is_gpu = "sm_90" if args.gpu else device, args.gpu  # the rows that would have been
+    tokens, heads = args.tokens, args.heads
+    if args.quick:
+        tokens, heads = tokens or _QUICK_TOKENS, heads or 2
+    elif not is_gpu and tokens is None:
+        tokens, heads = _CPU_TOKENS, heads or _CPU_HEADS
+    densities = args.density or ((1.0, 0.3) if args.quick else DENSITIES)
+    block = (args.block[0], args.block[1]) if args.block else (128, 128) if device == "sm_90" else (64, 64)
+    settings = Settings(
+        device=device, backend=args.backend or _backend(device), dtype="bfloat16" if is_gpu else "float32",
+        block=block, tokens=tokens,
+        heads=heads, densities=tuple(dict.fromkeys(densities)), quick=args.quick or not is_gpu,
+        seconds=0.1 if args.quick else 0.3, torch_python=args.torch_python,
+    )  # fmt: skip
+    return settings, problem
+
+
+def _backend(device: str) -> str:
+    """The first backend that serves a plain int8 call on this device, those that serve only when named included."""
+    from pallas_kernels.block_attention import BACKENDS
+    from pallas_kernels.workloads import WORKLOADS
+
+    request = replace(WORKLOADS["flux_2048"], qk="int8", pv="int8", device=device)
+    return next((b.name for b in BACKENDS if b.name != "reference" and b.why_not(request) is None), "xla")
+
+
+def _plan(args: argparse.Namespace, settings: Settings) -> list[Job]:
+    from paro_jax.bench import jobs
+
+    options: dict[str, Any] = {}
+    if args.quick:
+        options |= {"workloads": ("cogvideox_5b", "flux_2048"), "widths": (("bf16", "bf16"), ("int8", "int8"))}
+    options |= {"scaling": _scaling(args, settings)}
+    for name in ("workloads", "widths", "masks", "kinds"):
+        if getattr(args, name):
+            options[name] = tuple(dict.fromkeys(getattr(args, name)))
+    return jobs.jobs(settings, **options)
+
+
+def _scaling(args: argparse.Namespace, settings: Settings) -> tuple[int, ...]:
+    from paro_jax.bench import jobs
+
+    if settings.tokens is None:
+        return jobs.SCALING_TOKENS
+    return tuple(settings.tokens * factor for factor in ((1, 2, 4) if args.quick else (1, 2, 4, 8)))
+
+
+def _tunings(args: argparse.Namespace, settings: Settings) -> list[Job]:
+    """A job per workload, widths and tile of the backend."""
+    from pallas_kernels.block_attention import BACKENDS
+    from paro_jax.bench import jobs
+    from paro_jax.bench.cases import GRIDS
+
+    backend = next(b for b in BACKENDS if b.name == settings.backend)
+    if backend.candidates is None:
+        raise _show.UserError(f"--tune: backend {backend.name} has no tiles to choose from")
+    found = []
+    for workload in args.workloads or GRIDS:
+        for widths in args.widths or jobs.WIDTHS:
+            request = _request(settings, workload, widths)
+            if reason := backend.why_not(request):
+                raise _show.UserError(f"--tune: {backend.name} does not serve {'/'.join(widths)} here: {reason}")
+            found.append((workload, widths, backend.candidates(request)))
+    return jobs.tuning(settings, found)
+
+
+def _request(settings: Settings, workload: str, widths: tuple[str, str]) -> Any:
+    from paro_jax.bench.jobs import Job
+    from paro_jax.bench.measure import requested, sized
+
+    job = Job("tune", workload, settings.backend, *widths)
+    return requested(sized(job, settings), job, settings)
+
+
+def _tuned(args: argparse.Namespace, settings: Settings, result: Row, rows: list[Row]) -> int:
+    """Write the table of tiles that the chooser reads, and say where."""
+    from pallas_kernels import _tiles
+    from paro_jax.bench import report
+    from paro_jax.bench.run import status
+
+    def about(row: Row) -> Row:
+        request = _request(settings, row["name"], (row["qk"], row["pv"]))
+        return {**_tiles.key(request, row["contestant"]), "q_tokens": request.q_tokens}
+
+    table = report.tile_rows(rows, about)
+    if not any("ms" in entry for row in table for entry in row["candidates"]):
+        raise _show.UserError(f"--tune: no tile could be measured: {rows[0]['reason'] if rows else 'there are none'}")
+    file = _tiles.write(table, result["about"]["machine"])
+    if args.json:
+        print(_show.dumps({**result, "table": str(file)}))
+    else:
+        shown = [{**row, "tiles": ", ".join(f"{k} {v}" for k, v in row["tiles"].items())} for row in rows]
+        _show.table("tiles", shown, ("name", "qk", "pv", "tiles", "ms", "low_ms", "high_ms", "status"))
+        print(f"{file}: what calls on this device use from now on")
+    return status(rows)
+
+
+def _told(args: argparse.Namespace, settings: Settings, result: Row, rows: list[Row], file: Path) -> int:
+    """Write and show the whole result."""
+    from paro_jax.bench import report
+    from paro_jax.bench.machine import gpu
+    from paro_jax.bench.run import status
+
+    machine = result["about"]["machine"]
+    result["about"]["gpu_after"] = gpu()
+    rows = report.finished(rows)
+    full = settings.tokens is None and settings.heads is None and settings.device.startswith("sm_")
+    result |= {
+        "rows": rows,
+        "drift": report.drift(rows),
+        "linearity": report.linearity(rows),
+        "targets": report.targets(rows, settings.backend) if full else [],
+    }
+    _show.write_json(file, result)
+    title = f"{machine.get('device', 'no device')}, jax {machine.get('jax', '?')}, {machine.get('date', '?')}"
+    report.draw(rows, title, file.with_suffix(".png"))
+    if args.json:
+        print(_show.dumps(result))
+        return status(rows)
+    _show.fields("", {k: v for k, v in machine.items() if not isinstance(v, dict)} | (machine.get("gpu") or {}))
+    _show.table(
+        "ceilings", [r for r in rows if r["kind"] == "ceiling"], ("name", "of", "rate", "unit", "timer", "status")
+    )
+    columns = ("name", "contestant", "qk", "pv", "mask", "kept_density", "ms", "low_ms", "high_ms", "tops")
+    columns += ("percent_of_ceiling", "speedup", "error", "timer", "status")
+    _show.table("attention", [r for r in rows if r["kind"] in ("attention", "peer")], columns)
+    _show.table(
+        "a whole layer: projections, attention, output",
+        [r for r in rows if r["kind"] == "path"],
+        ("name", "qk", "pv", "kept_density", "ms", "dense_layer_ms", "layer_speedup", "overhead_ms",
+         "overhead_of_dense_attention", "status"),
+    )  # fmt: skip
+    _show.table("cost against kept blocks", [r for r in rows if r["kind"] == "scaling"],
+                ("tokens", "heads", "kept_blocks", "ms", "tops", "status"))  # fmt: skip
+    if result["linearity"]:
+        _show.fields("", {f"scaling {name}": value for name, value in result["linearity"].items()})
+    _show.table("targets", result["targets"])
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row["status"] != "measured":
+            reasons.setdefault(f"{row['status']}: {row['reason']}", []).append(row["job"])
+    for reason, some in reasons.items():
+        print(f"{reason} [{len(some)}: {'; '.join(some[:3])}{'; ...' if len(some) > 3 else ''}]")
+    notes = {row["timer_note"] for row in rows if row.get("timer_note")}
+    print("\n".join(f"timed on the host: {note}" for note in sorted(notes)))
+    print(f"in {args.out}: {file.name}, {file.with_suffix('.png').name}")
+    return status(rows)
+
+
+_SAME = ("device", "backends_see", "python", "paro_jax", "commit", "jax", "jaxlib")
+
+
+def _known(file: Path, about: Row) -> list[Row]:
+    """The rows of an earlier run of the same command on the same machine; UserError for another's."""
+    try:
+        earlier = json.loads(file.read_text())
+        before, rows = earlier["about"], earlier["rows"]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError) as error:
+        raise _show.UserError(f"--resume: {file} is not what paro bench writes ({error!r}); delete it") from error
+    now = json.loads(_show.dumps(about))
+    different = [f"{name} {before['machine'].get(name)} then, {now['machine'].get(name)} now" for name in _SAME
+                 if before["machine"].get(name) != now["machine"].get(name)]  # fmt: skip
+    then = before["arguments"]
+    different += [f"{name} {then.get(name)} then, {value} now" for name, value in now["arguments"].items()
+                  if then.get(name) != value]  # fmt: skip
+    if different:
+        raise _show.UserError(f"--resume: {file} is of another run: {'; '.join(different)}; give another --out")
+    return rows
+
+
+def _promises(args: argparse.Namespace) -> int:
+    from paro_jax.bench.machine import machine
+
+    file = args.out / "promises.json"
+    _show.probe("--out", args.out, folder=True)
     rows: list[Row] = []
-    for name in args.only or _FIGURES:
+    for name in args.promises or FIGURES:
         _show.note(f"measuring {name} ...")
         start = time.perf_counter()
-        rows += _FIGURES[name](args)
+        rows += FIGURES[name](args.problems, _show.note)
         _show.note(f"measuring {name} took {time.perf_counter() - start:.0f} s")
-    result = {"backend": args.backend, "machine": machine(), "rows": rows}
-    if args.out is not None:
-        _show.write_json(args.out, result)
+    result = {"machine": machine(), "rows": rows}
+    _show.write_json(file, result)
     if args.json:
         print(_show.dumps(result))
         return 0
-    _show.fields("", result["machine"])
+    _show.fields("", {k: v for k, v in result["machine"].items() if v is not None})
     _show.table("figures", rows, ("name", "measured", "target", "unit", "met"))
     for row in rows:
         extra = {k: v for k, v in row.items() if k not in ("name", "measured", "target", "unit", "met")}
@@ -63,132 +343,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def machine() -> dict[str, Any]:
-    """What a figure was measured on: without it a figure means nothing."""
-    import importlib.metadata
-    import os
-    import platform
+def _widths(text: str) -> tuple[str, str]:
+    """argparse type: widths of the two products."""
+    from pallas_kernels._check import WIDTHS
 
-    import jax
-
-    return {
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "processor": _processor(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "jaxlib": importlib.metadata.version("jaxlib"),
-    }
+    qk, _, pv = text.partition("/")
+    if qk not in WIDTHS or pv not in WIDTHS:
+        raise ValueError
+    return qk, pv
 
 
-def _processor() -> str:
-    import platform
-
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:  # not Linux
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _invisibility(args: argparse.Namespace) -> list[Row]:
-    """Over generated problems: attention with every block kept, in any order, against jax.nn."""
-    import jax
-    import numpy as np
-    from tqdm import tqdm
-
-    import paro_jax
-    from pallas_kernels.bench import figure
-
-    def dense(q, k, v):
-        return jax.nn.dot_product_attention(q, k, v)
-
-    def planned(q, k, v, plan):
-        return paro_jax.attention(q, k, v, plan=plan)
-
-    dense, planned = jax.jit(dense), jax.jit(planned)
-    rng = np.random.default_rng(0)
-    errors: list[float] = []
-    bar = tqdm(total=args.problems, desc="invisibility", unit="problem", disable=None)
-    while len(errors) < args.problems:
-        # A shape compiles once; orders are data, so six problems of one shape cost little more than one.
-        rank = int(rng.choice([1, 2, 3, 3, 3]))
-        shape = tuple(int(n) for n in rng.integers(1, {1: 300, 2: 17, 3: 8}[rank], rank))
-        position = "first" if rng.random() < 0.5 else "last"
-        grid = paro_jax.TokenGrid(shape, text=int(rng.choice([0, 1, 7, 40])), text_position=position)
-        batch, heads, dim = int(rng.integers(1, 3)), int(rng.integers(1, 5)), int(rng.choice([32, 64, 96, 128, 256]))
-        block = int(rng.choice([64, 128])), int(rng.choice([64, 128]))
-        for turn in range(6):
-            order = [str(name) for name in rng.choice(np.array(grid.orders), heads)]
-            order[0] = grid.orders[turn % len(grid.orders)]
-            plan = paro_jax.AttentionPlan.dense(grid, heads=heads, order=order, block=block)
-            q, k, v = jax.random.normal(jax.random.key(len(errors)), (3, batch, grid.tokens, heads, dim))
-            errors.append(float(abs(planned(q, k, v, plan) - dense(q, k, v)).max()))
-            bar.update(1)
-        if len(errors) % 96 == 0:
-            jax.clear_caches()  # compiled shapes never come back; without this they add up to a gigabyte
-    bar.close()
-    return [
-        figure(
-            "invisibility: largest difference from jax.nn",
-            max(errors),
-            1e-5,
-            "absolute, f32",
-            problems=len(errors),
-            failed=sum(e > 1e-5 for e in errors),
-        )
-    ]
-
-
-def _import(args: argparse.Namespace) -> list[Row]:
-    """Seconds that `import paro_jax` adds to `import jax`, and which heavy packages it drags in."""
-    from pallas_kernels.bench import figure
-
-    def seconds(module: str) -> float:
-        code = f"import time; t = time.perf_counter(); import jax; j = time.perf_counter(); import {module}; "
-        code += "print(time.perf_counter() - j)"
-        runs = [
-            subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(5)
-        ]
-        return statistics.median(float(done.stdout) for done in runs)
-
-    code = f"import sys, paro_jax; print(*[m for m in {_HEAVY!r} if m in sys.modules])"
-    heavy = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    found = ", ".join(heavy) or "none"
-    return [
-        figure("import paro_jax beyond import jax", seconds("paro_jax"), 1.5, "s", runs=5, statistic="median"),
-        figure(
-            "heavy packages imported by import paro_jax", len(heavy), 0, "packages", found=found, of=", ".join(_HEAVY)
-        ),
-    ]
-
-
-def _calibration(args: argparse.Namespace) -> list[Row]:
-    """One head of CogVideoX, in a process of its own: all six orders scored, and the final mask."""
-    import calibrate.bench
-
-    return calibrate.bench.run()
-
-
-def _kernels(name: str) -> Callable[[argparse.Namespace], list[Row]]:
-    """A figure of floor 0."""
-
-    def measure(args: argparse.Namespace) -> list[Row]:
-        from pallas_kernels import bench
-
-        return getattr(bench, name)(_show.note)
-
-    return measure
-
-
-# What measures memory comes first: on Linux a new process starts with its parent's peak, and this one is small then.
-_FIGURES: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
-    "memory": _kernels("peak_memory"),
-    "calibration": _calibration,
-    "import": _import,
-    "dense": _kernels("dense_against_jax"),
-    "density": _kernels("work_follows_density"),
-    "invisibility": _invisibility,
-}
+_widths.__name__ = "pair of widths such as int8/bf16"

@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
         print(_show.dumps(report))
         return 0
     _show.fields("", {"python": report["python"], "system": report["system"], **report["packages"]})
+    print(f"tiles: {report['tiles']}\n")
     _show.table(f"devices (the backends see {report['backends_see']})", report["devices"])
     _show.table("who serves the named workloads here", report["workloads"])
     # One line per backend and reason, however many workloads it holds for.
@@ -58,7 +59,7 @@ def examine() -> dict[str, Any]:
     """The report as plain values."""
     import jax
 
-    from pallas_kernels import device_name, support_table, workloads
+    from pallas_kernels import _tiles, device_name, support_table, workloads
 
     device = device_name()
     served, why_not = [], []
@@ -77,6 +78,7 @@ def examine() -> dict[str, Any]:
         "packages": {"paro_jax": __version__, **{name: _version(name) for name in _PACKAGES}},
         "devices": [{"id": d.id, "platform": d.platform, "kind": d.device_kind} for d in jax.devices()],
         "backends_see": device,
+        "tiles": _tiles.source(),
         "workloads": served,
         "why_not": why_not,
         "support_table": support_table(),

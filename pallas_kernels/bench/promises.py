@@ -2,7 +2,7 @@
 
 A row: `name`, `measured`, `unit`, `target` (an upper bound), `met`, then what it was measured on. Rounds interleave the
 contestants and medians are compared, so a machine that slows down slows both.
-`python -m pallas_kernels.bench` prints JSON.
+`python -m pallas_kernels.bench.promises` prints JSON.
 """
 
 import json
@@ -100,7 +100,7 @@ def dense_against_jax(progress: Progress = lambda message: None, rounds: int = 5
 def peak_memory(progress: Progress = lambda message: None, tokens: int = 17776) -> list[Row]:
     """Peak resident memory of a fresh process that runs one dense call: interpreter, jax and inputs included."""
     progress(f"peak memory at {tokens} tokens")
-    code = f"from pallas_kernels import bench; print(bench.own_peak({tokens}))"
+    code = f"from pallas_kernels.bench import promises; print(promises.own_peak({tokens}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the process that measures memory failed: {done.stderr.strip()[-500:]}")
