@@ -47,7 +47,7 @@ compile-report: $(COMPILE)
 
 compile-test: $(COMPILE)
 	@JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest -n $(WORKERS) tests/test_hopper.py tests/test_arrange_hopper.py \
-		-k "compiles or keeps_its_bound" $(ARGS)
+		tests/test_ampere.py -k "compiles or keeps_its_bound" $(ARGS)
 
 lint: $(DEV)
 	@$(PY) -m ruff check .

@@ -35,7 +35,7 @@ class Request:
     p_scale: str = "block"
     device: str = "cpu"
     role: str = ""
-    layout: str = "rows"  # "rows" | "hopper"; see arrange
+    layout: str = "rows"  # "rows" | "hopper" | "ampere"; see arrange
 
     def __str__(self) -> str:
         tokens = f"{self.q_tokens}" if self.q_tokens == self.kv_tokens else f"{self.q_tokens}x{self.kv_tokens}"

@@ -17,6 +17,7 @@ from jax.core import Tracer
 from pallas_kernels import Norm, Rope
 from pallas_kernels._check import concrete
 from pallas_kernels.arrange import arrange as _kernel_arrange
+from pallas_kernels.arrange import stored_rows
 from pallas_kernels.block_attention import block_attention as _kernel_block_attention
 from paro_jax._grid import TokenGrid
 from paro_jax._plan import AttentionPlan
@@ -71,9 +72,9 @@ def attention(
     Without a plan this is `jax.nn.dot_product_attention`, with the arguments it shares. With one, `query`, `key` and
     `value` are [B, N, heads, D] in model order, float32, bfloat16 or float16, and so is the result. `scale`: a plain
     number, None for 1/sqrt(D). `quant` overrides `plan.quant`. `implementation`: with a plan a backend of
-    `pallas_kernels` ("xla", "hopper", "reference"), without one what jax.nn takes; None chooses. `return_residual`:
-    also return the log-sum-exp of the kept scores, natural log, float32 [B, N, heads], of the K that came in, smoothed
-    or not.
+    `pallas_kernels` ("xla", "hopper", "ampere", "reference"), without one what jax.nn takes; None chooses.
+    `return_residual`: also return the log-sum-exp of the kept scores, natural log, float32 [B, N, heads], of the K that
+    came in, smoothed or not.
 
     A skipped block leaves the softmax altogether, its denominator included; a query with no kept block gets 0 and -inf
     (PAROAttention, arXiv 2506.16054).
@@ -291,6 +292,7 @@ def _attended(
         out_dtype=jnp.dtype(v.dtype),
         layout=v.layout,
         head_dim=v.head_dim,
+        tokens=(q.grid.tokens, k.grid.tokens) if v.layout == "ampere" else None,
         implementation=implementation,
         return_residual=return_residual,
     )
@@ -307,7 +309,8 @@ def _attended(
 
 def _row_products(q: TokenBlocks, mean: jax.Array) -> jax.Array:
     """float32 [B, heads, N]: the stored q of every kernel slot times the K mean of its head."""
-    products = jnp.einsum("bhnd,bhd->bhn", q.values[..., : q.head_dim].astype(jnp.float32), mean, precision="highest")
+    values = stored_rows(q.values, width=q.width, layout=q.layout, tokens=q.grid.tokens, head_dim=q.head_dim)
+    products = jnp.einsum("bhnd,bhd->bhn", values.astype(jnp.float32), mean, precision="highest")
     if q.scales is None:
         return products
     tokens = products.shape[-1]
@@ -403,9 +406,9 @@ def _check_tokens(name: str, x: jax.Array, plan: AttentionPlan, like: jax.Array 
         raise ValueError(f"{name} must have the dtype of query, {like.dtype}; got {x.dtype}. Cast one of them.")
 
 
-def _layout(implementation: str | None) -> Literal["rows", "hopper"]:
+def _layout(implementation: str | None) -> Literal["rows", "hopper", "ampere"]:
     """The layout that an implementation reads: its own where it has one."""
-    return "hopper" if implementation == "hopper" else "rows"
+    return implementation if implementation in ("hopper", "ampere") else "rows"
 
 
 def _check_blocks(q: Any, k: Any, v: Any, plan: AttentionPlan, layout: str) -> None:

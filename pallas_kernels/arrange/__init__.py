@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from pallas_kernels import _check, _choose
 from pallas_kernels._check import mistake, require_shape
+from pallas_kernels._fragments import unpacked
 from pallas_kernels.arrange import mosaic, reference, xla
-from pallas_kernels.block_attention import LAYOUTS
+from pallas_kernels.block_attention import LAYOUTS, ampere, reads
 from pallas_kernels.block_attention.hopper import HEAD_DIMS
 
 
@@ -36,7 +37,9 @@ class Rope:
 
 BACKENDS = (
     # Until it has run on a GPU, it serves only whoever names it.
-    _choose.Backend("hopper", mosaic.why_not, mosaic.run, default=False),
+    _choose.Backend("hopper", reads(("rows", "hopper"), mosaic.why_not), mosaic.run, default=False),
+    # XLA's passes, which lay out and pack in the one that rounds: Mosaic stores by TMA only, which these GPUs lack.
+    _choose.Backend("ampere", xla.why_not_ampere, xla.run, default=False),
     _choose.Backend("xla", xla.why_not, xla.run),
     _choose.Backend("reference", reference.why_not, reference.run, default=False),
 )
@@ -55,7 +58,7 @@ def arrange(
     norm: Norm | None = None,
     rope: Rope | None = None,
     mean: jax.Array | Literal["compute"] | None = None,
-    layout: Literal["rows", "hopper"] = "rows",
+    layout: Literal["rows", "hopper", "ampere"] = "rows",
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """One of q, k, v in kernel order at its stored width: norm, then RoPE, then the K mean, then reorder and round.
@@ -67,7 +70,8 @@ def arrange(
     or an array f32 [H, D] or [B, H, D].
     layout: "rows", or "hopper", which that attention kernel reads as it is: D padded with zeros to 64, 96, 128 or 256,
     and v below 16 bits with its keys side by side, [B, H, D, N up to whole blocks], those of int8 and int4 in the order
-    `_registers.KEY_ORDER` inside each 16.
+    `_registers.KEY_ORDER` inside each 16. "ampere": N up to whole blocks, D padded to 64, 96 or 128 (of q and k at int4
+    not to 96), int8 and int4 v keys side by side by `_fragments.key_order`, int4 two to a byte along the last axis.
 
     Returns (values [B, H, N, D], scales, mean f32 [B, H, D] that was subtracted or None). scales: None at width "bf16",
     else f32 [B, H, N] ("row"), [B, H, n] (q, k "block"), [B, H, 1, D] ("channel") or [B, H, n, D] (v "block"), with
@@ -118,6 +122,13 @@ def arrange(
             f"head_dim {head_dim} and block {block}",
         )  # fmt: skip
 
+    if layout == "ampere" and (head_dim > ampere.HEAD_DIMS[-1] or block % 64 or width not in ampere.SERVED):
+        raise mistake(
+            "layout",
+            f"head_dim <= {ampere.HEAD_DIMS[-1]}, a block of whole 64s and {', '.join(ampere.SERVED)} for 'ampere'",
+            f"head_dim {head_dim}, block {block} and {width}",
+        )
+
     request = _choose.Request(
         op="arrange",
         batch=batch,
@@ -139,6 +150,12 @@ def arrange(
     run = partial(backend.run, **options)
     arrays = (x, slots, norm, rope, None if compute_mean else mean)
     return run(*arrays) if width == "bf16" else _check.no_gradient(run, *arrays)
+
+
+def stored_rows(values: jax.Array, *, width: str, layout: str, tokens: int, head_dim: int) -> jax.Array:
+    """q or k as `arrange` stores it in any layout -> [B, H, tokens, head_dim], not scaled."""
+    values = unpacked(values) if layout == "ampere" and width == "int4" else values
+    return values[:, :, :tokens, :head_dim]
 
 
 def _describe(value: Any) -> str:

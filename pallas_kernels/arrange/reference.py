@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels import _registers
 from pallas_kernels._check import FLOATS, WIDTHS
 from pallas_kernels._choose import ALL_WIDTHS, Request, widths_served
+from pallas_kernels.block_attention import ampere
 from pallas_kernels.block_attention.hopper import padded_dim
 
 
@@ -82,6 +83,8 @@ def laid_out(values: jax.Array, role: str, width: str, block: int, layout: str) 
     """values [B, H, N, D] as `layout` stores them; see arrange."""
     if layout == "rows":
         return values
+    if layout == "ampere":
+        return ampere.laid_out(values, role, width, block)
     head_dim = values.shape[3]
     values = jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, padded_dim(head_dim) - head_dim)))
     if role != "v" or width == "bf16":

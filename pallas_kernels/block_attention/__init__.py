@@ -1,5 +1,6 @@
 """Attention over kept blocks: q, k, v in kernel order in, model order out."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,12 +10,26 @@ import numpy as np
 
 from pallas_kernels import _check, _choose
 from pallas_kernels._check import mistake, require_shape
-from pallas_kernels.block_attention import hopper, reference, xla
+from pallas_kernels.block_attention import ampere, hopper, reference, xla
 
-LAYOUTS = ("rows", "hopper")
+LAYOUTS = ("rows", "hopper", "ampere")
+
+
+def reads(layouts: tuple[str, ...], why_not: Callable[[_choose.Request], str | None]) -> Any:
+    """`why_not`, which also refuses every layout but these."""
+
+    def refuses(request: _choose.Request) -> str | None:
+        served = " and ".join(map(repr, layouts))
+        foreign = f"layout {request.layout!r} is not served; it serves {served}"
+        return foreign if request.layout not in layouts else why_not(request)
+
+    return refuses
+
+
 BACKENDS = (
-    # Until it has run on a GPU, it serves only whoever names it.
-    _choose.Backend("hopper", hopper.why_not, hopper.run, default=False),
+    # Until they have run on a GPU, they serve only whoever names them.
+    _choose.Backend("hopper", reads(("rows", "hopper"), hopper.why_not), hopper.run, default=False),
+    _choose.Backend("ampere", ampere.why_not, ampere.run, default=False),
     _choose.Backend("xla", xla.why_not, xla.run),
     _choose.Backend("reference", reference.why_not, reference.run, default=False),
 )
@@ -39,6 +54,7 @@ def block_attention(
     out_dtype: Any = None,
     layout: str = "rows",
     head_dim: int | None = None,
+    tokens: tuple[int, int] | None = None,
     implementation: str | None = None,
     return_residual: bool = False,
 ) -> Any:
@@ -52,8 +68,8 @@ def block_attention(
     q_scale f32 [B, H, Nq] or [B, H, nq]; k_scale f32 [B, H, Nk] or [B, H, nk]; v_scale f32 [B, H, 1, D] or
     [B, H, nk, D]: what a stored value is multiplied by, per token or block (v: per channel, or block and channel).
     p_scale: P is rounded relative to its row's maximum in the key block ("block") or to the running one ("running").
-    layout: "rows", or "hopper" for operands that `arrange` made with layout="hopper" (which says what they look like);
-    then head_dim is how many of the padded channels are real.
+    layout: "rows", or "hopper" or "ampere" for operands that `arrange` made with that layout (which says what they look
+    like); then head_dim is how many channels are real, and for "ampere", which has whole blocks, tokens = (Nq, Nk).
     out_dtype: default v's dtype, else q's, where that is a float, else float32.
 
     Returns o [B, Nq, H, D] in model order; with return_residual also lse f32 [B, Nq, H], the natural log-sum-exp of the
@@ -69,21 +85,28 @@ def block_attention(
         raise mistake("p_scale", "'block' or 'running'", repr(p_scale))
     require_shape("q", q, (None,) * 4, "[batch, heads, query tokens, head_dim]")
     batch, heads, q_tokens, channels = q.shape
-    require_shape("k", k, (batch, heads, None, channels), "[batch, heads, key tokens, head_dim] as q's")
-    kv_tokens = k.shape[2]
     if layout not in LAYOUTS:
         raise mistake("layout", " or ".join(map(repr, LAYOUTS)), repr(layout))
-    head_dim = channels if head_dim is None else head_dim
-    if (head_dim != channels) if layout == "rows" else not 0 < head_dim <= channels:
-        raise mistake("head_dim", f"None or at most the {channels} channels of q, and all of them for 'rows'", head_dim)
-    if layout == "hopper" and channels not in hopper.HEAD_DIMS:
-        served = ", ".join(map(str, hopper.HEAD_DIMS))
-        raise mistake("q", f"{served} channels for layout 'hopper'", channels, "pallas_kernels.arrange makes it.")
-    if layout == "hopper" and pv != "bf16":
-        shape = (batch, heads, channels, -(-kv_tokens // bk) * bk)
-        require_shape("v", v, shape, "[batch, heads, head_dim, key tokens up to whole blocks]")
+    if layout == "ampere":
+        q_tokens, kv_tokens, head_dim = _require_ampere(q, k, v, block=(bq, bk), widths=(qk, pv), of=(tokens, head_dim))
     else:
-        require_shape("v", v, (batch, heads, kv_tokens, channels), "[batch, heads, key tokens, head_dim] as k's")
+        if tokens is not None:
+            raise mistake("tokens", f"None for layout {layout!r}, whose tokens are all real", repr(tokens))
+        require_shape("k", k, (batch, heads, None, channels), "[batch, heads, key tokens, head_dim] as q's")
+        kv_tokens = k.shape[2]
+        head_dim = channels if head_dim is None else head_dim
+        if (head_dim != channels) if layout == "rows" else not 0 < head_dim <= channels:
+            raise mistake(
+                "head_dim", f"None or at most the {channels} channels of q, and all of them for 'rows'", head_dim
+            )
+        if layout == "hopper" and channels not in hopper.HEAD_DIMS:
+            served = ", ".join(map(str, hopper.HEAD_DIMS))
+            raise mistake("q", f"{served} channels for layout 'hopper'", channels, "pallas_kernels.arrange makes it.")
+        if layout == "hopper" and pv != "bf16":
+            shape = (batch, heads, channels, -(-kv_tokens // bk) * bk)
+            require_shape("v", v, shape, "[batch, heads, head_dim, key tokens up to whole blocks]")
+        else:
+            require_shape("v", v, (batch, heads, kv_tokens, channels), "[batch, heads, key tokens, head_dim] as k's")
     if 0 in (batch, heads, q_tokens, kv_tokens, head_dim):
         raise mistake("q, k", "at least one batch entry, head, token and channel", f"{q.shape} and {k.shape}")
 
@@ -127,10 +150,28 @@ def block_attention(
     backend = _choose.choose(request, BACKENDS, implementation)
     options = dict(block=(bq, bk), scale=scale, qk=qk, pv=pv, p_scale=p_scale, out_dtype=out_dtype)
     run = partial(backend.run, **options, **({} if layout == "rows" else {"layout": layout}))
+    if layout == "ampere":
+        run = partial(run, tokens=(q_tokens, kv_tokens), head_dim=head_dim)
     arrays = (q, k, v, count, index, slots, q_scale, k_scale, v_scale)
     o, lse = run(*arrays) if qk == pv == "bf16" else _check.no_gradient(run, *arrays)
     o = o[..., :head_dim]
     return (o, lse) if return_residual else o
+
+
+def _require_ampere(q, k, v, *, block, widths, of) -> tuple[int, int, int]:
+    """(query tokens, key tokens, head_dim) of operands in layout "ampere", or ValueError where they do not fit."""
+    tokens, head_dim = of
+    if not isinstance(head_dim, int) or not 0 < head_dim <= ampere.HEAD_DIMS[-1]:
+        raise mistake("head_dim", f"1 to {ampere.HEAD_DIMS[-1]} real channels for layout 'ampere'", repr(head_dim))
+    if tokens is None or len(tokens) != 2 or not all(isinstance(n, int) and n > 0 for n in tokens):
+        raise mistake("tokens", "(query tokens, key tokens) for layout 'ampere', which has whole blocks", repr(tokens))
+    lengths = (tokens[0], tokens[1], tokens[1])
+    for name, x, length, size, width in zip(
+        "qkv", (q, k, v), lengths, (*block, block[1]), (*widths[:1], *widths), strict=True
+    ):
+        shape = (*q.shape[:2], *ampere.stored_shape(name, width, length, head_dim, size))
+        require_shape(name, x, shape, "[batch, heads, ...] as arrange stores it in layout 'ampere'")
+    return *tokens, head_dim
 
 
 def _stored(array: jax.Array, name: str, width: str) -> bool:
