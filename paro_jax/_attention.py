@@ -17,6 +17,7 @@ from jax.core import Tracer
 from pallas_kernels import Norm, Request, Rope, _hadamard, device_name
 from pallas_kernels._check import concrete
 from pallas_kernels.arrange import arrange as _kernel_arrange
+from pallas_kernels.arrange import stored_rows
 from pallas_kernels.block_attention import block_attention as _kernel_block_attention
 from pallas_kernels.block_attention import operand_layout, reader
 from paro_jax._grid import TokenGrid
@@ -76,9 +77,9 @@ def attention(
     Without a plan this is `jax.nn.dot_product_attention`, with the arguments it shares. With one, `query`, `key` and
     `value` are [B, N, heads, D] in model order, float32, bfloat16 or float16, and so is the result. `scale`: a plain
     number, None for 1/sqrt(D). `quant` overrides `plan.quant`. `implementation`: with a plan a backend of
-    `pallas_kernels` ("xla", "hopper", "reference"), without one what jax.nn takes; None chooses. `return_residual`:
-    also return the log-sum-exp of the kept scores, natural log, float32 [B, N, heads], of the K that came in, smoothed
-    or not.
+    `pallas_kernels` ("xla", "hopper", "ampere", "reference"), without one what jax.nn takes; None chooses.
+    `return_residual`: also return the log-sum-exp of the kept scores, natural log, float32 [B, N, heads], of the K that
+    came in, smoothed or not.
 
     A skipped block leaves the softmax altogether, its denominator included; a query with no kept block gets 0 and -inf
     (PAROAttention, arXiv 2506.16054).
@@ -335,6 +336,7 @@ def _attended(
         out_dtype=dtype if v.mean is None else jnp.float32,
         layout=v.layout,
         head_dim=v.head_dim,
+        q_tokens=plan.grid.tokens,
         kv_tokens=plan.grid.tokens,
         implementation=implementation,
         return_residual=True,
@@ -354,7 +356,8 @@ def _attended(
 
 def _row_products(q: TokenBlocks, mean: jax.Array) -> jax.Array:
     """float32 [B, heads, N]: the stored q of every kernel slot times the K mean of its head."""
-    products = jnp.einsum("bhnd,bhd->bhn", q.values[..., : q.head_dim].astype(jnp.float32), mean, precision="highest")
+    values = stored_rows(q.values, width=q.width, layout=q.layout, tokens=q.grid.tokens, head_dim=q.head_dim)
+    products = jnp.einsum("bhnd,bhd->bhn", values.astype(jnp.float32), mean, precision="highest")
     tokens = products.shape[-1]
 
     def per_token(x):
