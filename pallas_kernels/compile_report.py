@@ -7,13 +7,14 @@ timing. `make compile-report` installs what this needs; `paro compile-report` pr
 
 import collections
 import importlib.util
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -26,8 +27,9 @@ import jax.numpy as jnp
 from pallas_kernels._check import WIDTHS
 from pallas_kernels._choose import NoBackend, Request
 from pallas_kernels._packed import KEYS, PACKED
+from pallas_kernels._targets import TARGETS, Target
 from pallas_kernels.arrange import Norm, Rope
-from pallas_kernels.arrange import mosaic as arrange_hopper
+from pallas_kernels.arrange import mosaic as arrange_kernel
 from pallas_kernels.block_attention import ampere, hopper
 
 Row = dict[str, Any]
@@ -35,69 +37,6 @@ Progress = Callable[[str], None]
 
 WORKLOADS = ("cogvideox_5b", "wan_14b_720p", "flux_1024")
 SHAPES = ((64, 64), (128, 128))
-
-# A GPU as XLA describes one, which is all its compiler asks of it.
-_DESCRIPTION = """
-gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: {shared_sm} threads_per_core_limit: {threads} core_count: {cores} fpus_per_core: {fpus}
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: {bandwidth} l2_cache_size: {l2} clock_rate_ghz: {ghz} device_memory_size: {memory}
-  shared_memory_per_block_optin: {shared} cuda_compute_capability {{ major: {major} minor: {minor} }}
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536 }}
-platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 1 patch: 0 }} device_description_str: "NVIDIA {name}"
-"""
-
-
-class Target(NamedTuple):
-    """A GPU to compile for: its name in requests, the attention kernel that serves it, and what is published of it."""
-
-    device: str
-    kernel: Any  # the backend's module
-    kinds: tuple[tuple[str, str, str, str], ...]  # (qk, pv, p_scale, layout) of the report's rows
-    rates: Mapping[str, float]  # warp instructions a clock of one SM, by unit; _RATES where not given
-    macs: Mapping[str, int]  # multiply-adds a clock of one SM, by kind of tensor instruction
-    gpu: Mapping[str, Any]
-
-    @property
-    def description(self) -> str:
-        major, minor = divmod(int(self.device.removeprefix("sm_")), 10)
-        return _DESCRIPTION.format(**self.gpu, major=major, minor=minor)
-
-
-_HOPPER = (
-    ("bf16", "bf16", "block", "rows"), ("fp8", "fp8", "block", "rows"), ("int8", "int8", "block", "rows"),
-    ("int8", "int8", "running", "rows"), ("int4", "int4", "block", PACKED),
-)  # fmt: skip
-_AMPERE = (
-    ("bf16", "bf16", "block", "rows"), ("int8", "int8", "block", "rows"), ("int4", "int8", "block", "rows"),
-    ("int4", "int4", "block", "rows"),
-)  # fmt: skip
-# NVIDIA's data sheets: A100, and A10 and L40S. GeForce cards do HMMA with a float32 accumulator at half the rate.
-_GA100 = {"HMMA": 1024, "IMMA.S8": 2048, "IMMA.S4": 4096}
-_GA10X = {"HMMA": 512, "IMMA.S8": 1024, "IMMA.S4": 2048}
-
-TARGETS = {
-    "sm_90a": Target(
-        "sm_90", hopper, _HOPPER, {}, {"HGMMA": 2048, "IGMMA": 4096, "QGMMA": 4096},
-        dict(name="H200", shared=232448, shared_sm=233472, threads=2048, cores=132, fpus=128, bandwidth=4800000000000,
-             l2=52428800, ghz=1.98, memory=150000000000),
-    ),
-    "sm_80": Target(
-        "sm_80", ampere, _AMPERE, {"fp32": 2.0}, _GA100,
-        dict(name="A100", shared=166912, shared_sm=167936, threads=2048, cores=108, fpus=64, bandwidth=2039000000000,
-             l2=41943040, ghz=1.41, memory=80000000000),
-    ),
-    "sm_86": Target(
-        "sm_86", ampere, _AMPERE, {}, _GA10X,
-        dict(name="A10", shared=101376, shared_sm=102400, threads=1536, cores=72, fpus=128, bandwidth=600000000000,
-             l2=6291456, ghz=1.695, memory=24000000000),
-    ),
-    "sm_89": Target(
-        "sm_89", ampere, _AMPERE, {}, _GA10X,
-        dict(name="L40S", shared=101376, shared_sm=102400, threads=1536, cores=142, fpus=128, bandwidth=864000000000,
-             l2=100663296, ghz=2.52, memory=48000000000),
-    ),
-}  # fmt: skip
 
 # The opcodes of each unit. Whatever is not listed only takes an issue slot.
 _UNITS = {
@@ -172,9 +111,10 @@ def kernels(target: str) -> Iterator[tuple[str, Request]]:
                 request = replace(NAMED[name], block=block, qk=qk, pv=pv, p_scale=p_scale, device=device, layout=layout)
                 rule = ("" if p_scale == "block" else f" {p_scale}") + (" packed" if layout == PACKED else "")
                 yield f"{name} {qk}/{pv} {block[0]}x{block[1]}{rule}", request
-        for role in ("q", "k", "v") if found.kernel is hopper else ():  # elsewhere XLA arranges
-            request = replace(NAMED[name], op="arrange", block=(128, 128), qk="int8", pv="int8", device=device)
-            yield f"{name} arrange {role} int8", replace(request, role=role, layout="hopper")
+        widths, layout = (("int8",), "hopper") if found.kernel is hopper else (("int8", "int4"), "ampere")
+        for width, role in itertools.product(widths, ("q", "k", "v")):
+            request = replace(NAMED[name], op="arrange", block=(128, 128), qk=width, pv=width, device=device)
+            yield f"{name} arrange {role} {width}", replace(request, role=role, layout=layout)
 
 
 def _target(target: str) -> Target:
@@ -222,19 +162,22 @@ def measure(name: str, request: Request, target: str, progress: Progress = lambd
 
 def _measure_arrange(name: str, request: Request, target: str, progress: Progress) -> Row:
     """The row of arrange's launch that stores: no loop, so the whole program, for 128 tokens of one head."""
-    if reason := arrange_hopper.why_not(request):
-        raise NoBackend(f"no kernel can be compiled for {request}: hopper: {reason}.")
+    direct = request.layout == "ampere"
+    if reason := arrange_kernel.unfit(request) if direct else arrange_kernel.why_not(request):
+        raise NoBackend(f"no kernel can be compiled for {request}: {reason}.")
     progress(f"compiling {name} for {target}")
     with tempfile.TemporaryDirectory() as folder:
         sass, facts = compile_ahead(request, target, Path(folder))
     width, group = (request.pv if request.role == "v" else request.qk), _GROUP[request.role]
     dim = hopper.padded_dim(request.head_dim)
+    if direct:
+        dim = ampere.padded_dim(request.head_dim, "bf16" if request.role == "v" else width)
     halved = request.layout == PACKED and width == "int4" and request.role != "q"
     pairs = halved and request.role == "k"
-    (tiles, *_) = arrange_hopper.candidates(dim, width, group, request.block[1], request.role == "v", pairs)
+    (tiles, *_) = arrange_kernel.candidates(dim, width, group, request.block[1], request.role == "v", pairs)
     code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.]+)", sass)
     instructions, clocks = per_block([op for op in code if op != "NOP"], 128 * tiles.tokens, target)
-    moved = arrange_hopper.bytes_moved(request, width=width, group=group, rope=False)
+    moved = arrange_kernel.bytes_moved(request, width=width, group=group, rope=False)
     each = (moved["read"] + moved["written"]) / (request.batch * request.heads * request.kv_tokens)
     gpu = _target(target).gpu
     clocks["memory"] = 128 * each / (gpu["bandwidth"] / (gpu["cores"] * gpu["ghz"] * 1e9))
@@ -242,13 +185,17 @@ def _measure_arrange(name: str, request: Request, target: str, progress: Progres
         "name": name,
         "target": target,
         **facts,
-        "shared_memory": tiles.tokens * dim * jnp.dtype(WIDTHS[width].store or request.dtype).itemsize // (1 + halved),
+        "shared_memory": 0 if direct else tiles.tokens * dim * _bytes(width, request.dtype) // (1 + halved),
         "tensor_instructions": [],
         "instructions": instructions,
         "clocks": clocks,
         "bound_ratio": max(clocks.values()) / clocks["memory"],
         "bound_ratio_every": max(clocks.values()) / clocks["memory"],
     }
+
+
+def _bytes(width: str, dtype: str) -> int:
+    return jnp.dtype(WIDTHS[width].store or dtype).itemsize
 
 
 def per_block(
@@ -368,7 +315,8 @@ def lower(request: Request, target: str) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     if request.op == "arrange":
-        return _lower_arrange(request, like)
+        with _architecture(request.device):
+            return _lower_arrange(request, like)
     kernel = _target(target).kernel
     lead = request.batch, request.heads
     nq, nk = -(-request.q_tokens // request.block[0]), -(-request.kv_tokens // request.block[1])
@@ -392,6 +340,7 @@ def lower(request: Request, target: str) -> Any:
         None if request.qk == "bf16" else like(*lead, request.q_tokens),
         None if request.qk == "bf16" else like(*lead, nk),
         None if request.pv == "bf16" else like(*lead, 1, request.head_dim),
+        *([like(*lead, nq, request.kv_tokens)] if "delta" in request.features else []),
     ]
     run = partial(
         p_scale=request.p_scale, out_dtype=jnp.dtype(request.dtype), **options,
@@ -423,8 +372,8 @@ def _lower_arrange(request: Request, like: Callable[..., Any]) -> Any:
         mean = like(heads, dim) if role == "k" and request.qk != "bf16" else None
     width, block = (request.pv if role == "v" else request.qk), request.block[role != "q"]
     run = partial(
-        arrange_hopper.run, role=role, width=width, block=block,
-        group=_GROUP[role], compute_mean=False, layout=request.layout,
+        arrange_kernel.run, role=role, width=width, block=block,
+        group=_GROUP[role], compute_mean=False, layout=request.layout, direct=request.layout == "ampere",
     )  # fmt: skip
     x = like(request.batch, tokens, heads, dim, dtype=jnp.dtype(request.dtype))
     return jax.jit(run).lower(x, like(heads, tokens, dtype=jnp.int32), norm, rope, mean).compile()
@@ -526,5 +475,5 @@ def opcodes(instructions: list[str]) -> dict[str, int]:
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
-    given["request"]["block"] = tuple(given["request"]["block"])
+    given["request"] |= {name: tuple(given["request"][name]) for name in ("block", "features")}
     lower(Request(**given["request"]), given["target"])

@@ -267,7 +267,7 @@ def _rounded(x, slots, plan, quant: QuantSpec, role, norm, rope, layout, impleme
         implementation=implementation,
     )
     values, scales, mean = stored(width=quant.width(role), mean=mean)
-    exact = stored(width="bf16", mean=mean)[0] if role == "k" and quant.smooths_q else None
+    exact = stored(width="bf16", mean=mean, layout="rows")[0] if role == "k" and quant.smooths_q else None
     return TokenBlocks(
         values,
         scales,

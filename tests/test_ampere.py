@@ -162,12 +162,12 @@ def test_the_gradient_is_that_of_xla():
 
 
 def test_through_a_plan_operands_are_stored_as_the_kernel_reads_them():
-    """The public verbs, each head in its own order: layout "ampere" from `arrange` to the kernel, K smoothed."""
+    """The public verbs, each head in its own order: layout "ampere" from `arrange` to the kernel, Q and K smoothed."""
     grid, heads = TokenGrid((3, 5, 6), text=7), 2
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(1, grid.tokens, heads, 40)), jnp.bfloat16) for _ in range(3))
     mask = BlockMask(jnp.asarray(keep_blocks("random", heads, *grid.blocks((64, 64)))), (64, 64))
-    plan = AttentionPlan.build(grid, order=["WHF", "FHW"], mask=mask, quant=QuantSpec("int4", "int4"))
+    plan = AttentionPlan.build(grid, order=["WHF", "FHW"], mask=mask, quant=QuantSpec("int4", "int4", smooth_q=True))
 
     def solve(implementation):
         stored = [

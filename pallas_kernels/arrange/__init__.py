@@ -37,9 +37,9 @@ class Rope:
 
 
 BACKENDS = (
-    # Until it has run on a GPU, it serves only whoever names it.
+    # Until they have run on a GPU, they serve only whoever names them.
     _choose.Backend("hopper", mosaic.why_not, mosaic.run, default=False, layouts=("hopper", PACKED, "rows")),
-    _choose.Backend("ampere", xla.why_not_ampere, xla.run, default=False, layouts=("ampere", "rows")),
+    _choose.Backend("ampere", xla.why_not_ampere, mosaic.run_ampere, default=False, layouts=("ampere", "rows")),
     _choose.Backend("xla", xla.why_not, xla.run, layouts=LAYOUTS),
     _choose.Backend("reference", reference.why_not, reference.run, default=False, layouts=LAYOUTS),
 )

@@ -34,6 +34,7 @@ from pallas_kernels.block_attention.xla import Spec, attend_bwd
 HEAD_DIMS = (64, 96, 128)  # others are padded with zeros to the next
 BLOCKS = ((64, 64), (128, 64), (128, 128))
 SERVED = ("bf16", "int8", "int4")
+FEATURES = ("delta",)
 ROWS = 64  # query tokens of one warpgroup
 # Bytes of shared memory a program may have, and all programs of an SM together (each is charged 1 KiB more).
 _SMEM = {"sm_80": (166912, 167936), "sm_86": (101376, 102400), "sm_89": (101376, 102400), "sm_90": (232448, 233472)}
@@ -60,7 +61,7 @@ def why_not(request: Request) -> str | None:
     if request.device not in DEVICES:
         served = ", ".join(DEVICES)
         return f"device {request.device} is not served; it serves {served}, and pallas_kernels.interpret() of one"
-    if reason := widths_served(request, SERVED):
+    if reason := widths_served(request, SERVED, FEATURES):
         return reason
     if request.dtype not in FLOATS:
         return f"dtype {request.dtype} is not served; it serves {', '.join(FLOATS)}"
@@ -73,8 +74,7 @@ def why_not(request: Request) -> str | None:
     if not candidates(request):
         return f"no tile fits in {_SMEM[request.device][0]} bytes of shared memory"
     if interpreted_device() is not None:
-        tokens = max(request.q_tokens, request.kv_tokens)
-        return interpreter_would_hang(4 * request.batch * request.heads * tokens * padded_dim(request.head_dim))
+        return interpreter_would_hang(_largest_array(request))
     return None
 
 
@@ -88,6 +88,18 @@ def candidates(request: Request) -> tuple[Tiles, ...]:
     programs = 2 if request.block[0] == ROWS else 1
     beside = [tiles for tiles in fit if programs * (shared_memory(request, tiles) + 1024) <= together]
     return tuple(beside + [tiles for tiles in fit if tiles not in beside])
+
+
+def _largest_array(request: Request) -> int:
+    """Bytes of the largest array that the kernel reads or writes."""
+    (bq, bk), out = request.block, 4 if request.dtype == "float32" else 2
+    qk, v = padded_dim(request.head_dim, request.qk), padded_dim(request.head_dim)
+    rows, keys = -(-request.q_tokens // bq) * bq, -(-request.kv_tokens // bk) * bk
+    each = (
+        rows * stored_bytes(qk, request.qk), keys * stored_bytes(qk, request.qk), keys * stored_bytes(v, request.pv),
+        request.q_tokens * v * out, len(request.features) * rows // bq * keys * 4,
+    )  # fmt: skip
+    return request.batch * request.heads * max(each)
 
 
 def padded_dim(head_dim: int, width: str = "bf16") -> int:
@@ -122,7 +134,7 @@ def shared_memory(request: Request, tiles: Tiles) -> int:
     ),
 )  # fmt: skip
 def run(
-    q, k, v, count, index, slots, q_scale, k_scale, v_scale, *, block, scale, qk, pv, p_scale, out_dtype,
+    q, k, v, count, index, slots, q_scale, k_scale, v_scale, delta=None, *, block, scale, qk, pv, p_scale, out_dtype,
     layout="rows", q_tokens=None, kv_tokens=None, head_dim=None, tiles=None, device=None,
 ):  # fmt: skip
     """See block_attention; arguments are checked there. Returns (o [B, Nq, H, D], lse f32 [B, Nq, H])."""
@@ -132,8 +144,8 @@ def run(
         (batch, heads), dtype = q.shape[:2], str(jnp.dtype(out_dtype))
         request = Request("block_attention", batch, heads, *tokens, head_dim, dtype, block, qk, pv, p_scale, device)
         (tiles, *_) = candidates(request)
-    arrays = _check.share_mesh_axes(q, k, v, count, index, slots, q_scale, k_scale, v_scale)
-    q, k, v, count, index, slots, q_scale, k_scale, v_scale = arrays
+    arrays = _check.share_mesh_axes(q, k, v, count, index, slots, q_scale, k_scale, v_scale, delta)
+    q, k, v, count, index, slots, q_scale, k_scale, v_scale, delta = arrays
     launch = _Launch(Spec(block, scale, qk, pv, p_scale, out_dtype), tiles, device, *tokens, head_dim)
     if qk == pv == "bf16":  # differentiable, in the layout that XLA reads
         q, k, v = (x[:, :, :n, :head_dim] for x, n in ((q, tokens[0]), (k, tokens[1]), (v, tokens[1])))
@@ -141,7 +153,7 @@ def run(
     if layout == "rows":
         (bq, bk) = block
         q, k, v = (laid_out(*each) for each in ((q, "q", qk, bq), (k, "k", qk, bk), (v, "v", pv, bk)))
-    return _forward(launch, q, k, v, count, index, slots, q_scale, k_scale, v_scale)
+    return _forward(launch, q, k, v, count, index, slots, q_scale, k_scale, v_scale, delta)
 
 
 class _Launch(NamedTuple):
@@ -185,11 +197,13 @@ def laid_out(x: jax.Array, role: str, width: str, block: int) -> jax.Array:
     return _fragments.packed(x) if width == "int4" else x
 
 
-def _forward(launch, q, k, v, count, index, slots, q_scale=None, k_scale=None, v_scale=None):
+def _forward(launch, q, k, v, count, index, slots, q_scale=None, k_scale=None, v_scale=None, delta=None):
     """q, k, v laid out -> the rest as the kernel reads it, and the call."""
     (block, scale, qk, pv, p_scale, out_dtype), tiles, device, q_tokens, kv_tokens, head_dim = launch
     (batch, heads), (bq, bk), (nq, nk) = q.shape[:2], block, index.shape[1:]
     dim, f32 = padded_dim(head_dim), jnp.float32
+    if delta is not None:
+        delta = _padded(delta * f32(scale * math.log2(math.e)), nk * bk)
     if scale <= 0:  # the kernel takes maxima before it scales, so K takes the sign
         k, scale = (_negated(k, qk), -scale) if scale < 0 else (jnp.zeros_like(k), 1.0)
     to_log2 = scale * math.log2(math.e)
@@ -200,6 +214,8 @@ def _forward(launch, q, k, v, count, index, slots, q_scale=None, k_scale=None, v
     if k_scale is not None:
         by_block = k_scale.shape[2] == nk
         arrays["k_block" if by_block else "k_row"] = k_scale if by_block else _padded(k_scale, nk * bk)
+    if delta is not None:
+        arrays["delta"] = delta
     if v_scale is not None:
         v_scale = _padded(v_scale, dim)
         by_channel = v_scale.shape[2] == 1
@@ -326,7 +342,8 @@ class _Call:
         first = row * bq + wg * ROWS
         local = self.pv != "bf16" and self.p_scale == "block"
         levels = WIDTHS[self.pv].p_levels
-        biased = self.qk != "bf16" and "k_row" not in gmem  # scores are MAGIC higher
+        whole = "delta" in gmem  # scores leave their product with every factor and addend
+        biased = self.qk != "bf16" and "k_row" not in gmem and not whole  # scores are MAGIC higher
         acc_layout = plgpu.Layout.WGMMA  # which is that of mma's accumulator
         row_layout, column_layout = acc_layout.reduce(1), acc_layout.reduce(0)
 
@@ -432,17 +449,21 @@ class _Call:
             """The right operand of a product, [depth, columns]."""
             return plgpu.load(ref, layout=plgpu.Layout.MMA_RHS(jnp.dtype(dtype)), optimized=False)
 
-        def scores(slot, start, prefetch):
-            """Q @ K^T in f32, parts of [64, columns], of integers MAGIC higher where nothing scales single keys."""
+        def scores(slot, start, factor, prefetch):
+            """Q @ K^T in f32, parts of [64, columns], of integers MAGIC higher where nothing is done to single keys."""
             parts = []
             for n in range(0, keys, self.columns):
                 if n == keys // 2:
                     prefetch("k")
                 k = right(smem["k"].at[slot, pl.ds(n, self.columns)].transpose((1, 0)), qk_dtype)
                 s = scores_of(q, k)
+                single = pl.ds(start + n, self.columns)
+                if self.qk != "bf16" and not biased:
+                    s = s - MAGIC
                 if "k_row" in gmem:
-                    s = s - MAGIC if self.qk != "bf16" else s
-                    s = s * by_column(gmem["k_row"].at[batch, head, pl.ds(start + n, self.columns)])
+                    s = s * by_column(gmem["k_row"].at[batch, head, single])
+                if whole:
+                    s = s * by_row(factor, s) + by_column(gmem["delta"].at[batch, head, row, single])
                 parts.append(s)
             return parts
 
@@ -463,8 +484,8 @@ class _Call:
 
         def exponent(s, top, factor, relative, behind):
             """log2 of P, 1 where scores are `relative`; behind: how far that is above top, None for nothing."""
-            if self.qk == "bf16":
-                return s * by_row(factor, s) - by_row(relative, s)
+            if self.qk == "bf16" or whole:
+                return (s if whole else s * by_row(factor, s)) - by_row(relative, s)
             x = (s - by_row(top, s)) * by_row(factor, s)  # a difference of integers is exact
             return x if behind is None else x - by_row(behind, x)
 
@@ -522,11 +543,11 @@ class _Call:
                 pl.when(i + stages - 1 < steps)(lambda: fetch(name, i + stages - 1, ahead))
 
             slot, start = slot_of(i), tokens(i, block)
-            s = masked(scores(slot, start, prefetch), self.kv_tokens - start)
-            s_top = reduce(jnp.maximum, s).max(axis=1)
             factor = vector(k_block * self.to_log2)
             factor = factor if q_row is None else factor * q_row
-            block_top = (s_top - MAGIC if biased else s_top) * factor
+            s = masked(scores(slot, start, factor, prefetch), self.kv_tokens - start)
+            s_top = reduce(jnp.maximum, s).max(axis=1)
+            block_top = s_top if whole else (s_top - MAGIC if biased else s_top) * factor
             new_top = jnp.maximum(top, block_top)
             relative, behind = (block_top, None) if local else (new_top, new_top - block_top)
             p = probabilities(s, s_top, factor, relative, behind)

@@ -1,137 +1,89 @@
 """What makes four bits usable, by the error they leave: `python -m paro_jax.demo.int4`.
 
-The demo model's own q, k and v, all blocks kept, in model order and in the order that calibration chose for each
-head. Q is rounded by row, K by block, V by channel, P relative to its row's maximum in the key block. Three questions,
-each by the relative L1 distance of a head's output from unquantised attention: what K less its mean is worth, what Q
-less the mean of each query block is worth (its product with K is added back in full: SageAttention2, arXiv 2411.10958,
-section 3.1), and on which levels P is best rounded. Minutes on two cores.
+The demo model's own q, k and v, blocks of 128 x 128, all of them kept in model order, then in the order that
+calibration chose for each head, then there with its mask. By the emulation of `head_errors`: what K less its mean is
+worth, what Q less the mean of each block is worth (its product with K is added back in full: SageAttention2, arXiv
+2411.10958, section 3.1), and on which levels P is best rounded. The error is the relative L1 distance from unquantised
+attention over the same blocks. Minutes on two cores; the table is kept in pallas_kernels/NOTES.md.
 """
 
 import argparse
-import functools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 import calibrate
-from paro_jax import AttentionPlan
-from paro_jax.demo import data, model, run
+from paro_jax import AttentionPlan, BlockMask
+from paro_jax.demo import data, head_errors, p_scale, run
+from paro_jax.demo.head_errors import LIMITS, Numerics
 
 Row = dict[str, Any]
 
-BLOCK = (128, 128)
-# (name, Q and K at int4, K less its mean, Q less its block's, steps between P = 0 and P = 1; None: P and V as they are)
-VARIANTS: tuple[tuple[str, bool, bool, bool, int | None], ...] = (
-    ("Q K int4, nothing smoothed", True, False, False, None),
-    ("Q K int4, K less its mean", True, True, False, None),
-    ("Q K int4, K and Q less their means", True, True, True, None),
-    ("P V int4, P on [0, 15]", False, False, False, 15),
-    ("P V int4, P on [-7, 7]", False, False, False, 14),
-    ("P V int4, P on [0, 7]", False, False, False, 7),
-    ("all int4, K less its mean, P on [0, 15]", True, True, False, 15),
-    ("all int4, K and Q less their means, P on [0, 15]", True, True, True, 15),
-)
+DENSITY = 0.3  # of the calibrated mask
+# By name; those at 8 bits are held to the limit of 8 bits.
+VARIANTS: Mapping[str, Numerics] = {
+    "int8 / int8": Numerics(q=127, k=127, p=127, v=127),
+    "int8 / int8, P by 64 keys": Numerics(q=127, k=127, p=127, v=127, p_keys=64),
+    "Q K at 4 bits": Numerics(q=7, k=7, k_mean=False),
+    "Q K at 4 bits, K less its mean": Numerics(q=7, k=7),
+    "Q K at 4 bits, K and Q less their means": Numerics(q=7, k=7, q_mean=True),
+    "P V at 4 bits, P on [0, 15]": Numerics(p=15, v=7),
+    "P V at 4 bits, P on [-7, 7]": Numerics(p=14, v=7),
+    "P V at 4 bits, P on [0, 7]": Numerics(p=7, v=7),
+    "int4 / int4": Numerics(q=7, k=7, p=15, v=7),
+    "int4 / int4, Q less its mean": Numerics(q=7, k=7, p=15, v=7, q_mean=True),
+    "int4 / int4, Q less its mean, K by token, V by block, P by 64 keys": Numerics(
+        q=7, k=7, p=15, v=7, q_mean=True, k_tokens=1, v_tokens=head_errors.BLOCK, p_keys=64
+    ),
+}
 
 
 def measure(
     samples: Iterable[calibrate.Sample],
-    plans: dict[str, AttentionPlan],
+    plans: Mapping[str, AttentionPlan],
     steps: int,
     *,
     note: Callable[[str], Any] = lambda message: None,
 ) -> list[Row]:
-    """One row per variant and order: `name, order, heads`, then the error's `mean`, `median` and `worst` over heads.
+    """One row per plan and variant: `plan, density, what`, then `head_errors.summary` by the limit of its width.
 
-    `samples`: with v, tokens as in the plans' grid. `plans`: by the order's name, one plan for all sites and steps, or
-    with leading axes for them. `steps`: of the denoising that samples were captured from.
+    `samples`: with v, tokens as in the plans' grid. `plans`: by name, with the order and the blocks kept; of all sites
+    and steps, or with leading axes for them. `steps`: of the denoising that samples were captured from.
     """
-    errors: dict[tuple[str, str], list[np.ndarray]] = {}
+    sums: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]] = {}
     for sample in samples:
-        note(f"site {sample.site}, step {sample.step:.2f}")
-        assert sample.v is not None
-        for order, plan in plans.items():
+        batch, _, heads, dim = sample.q.shape
+        assert sample.v is not None, "samples are captured with v"
+        for kind, plan in plans.items():
+            note(f"site {sample.site}, step {sample.step:.2f}, {kind}")
             here = plan.at_step(round(sample.step * steps), steps)[sample.site] if plan.lead else plan
-            found = _errors(*map(jnp.asarray, (sample.q, sample.k, sample.v)), here.slots)
-            for (name, *_), error in zip(VARIANTS, found, strict=True):
-                errors.setdefault((name, order), []).append(np.asarray(error).ravel())
+            slots = np.asarray(here.slots).T[None, :, :, None]
+            by_head = (np.take_along_axis(x, slots, axis=1) for x in (sample.q, sample.k, sample.v))
+            q, k, v = (jnp.asarray(np.swapaxes(x, 1, 2), jnp.float32).reshape(batch * heads, -1, dim) for x in by_head)
+            keep = jnp.repeat(here.mask().keep, here.block[0], axis=1)[:, : q.shape[1]]
+            found = head_errors.distances(q, k, v, jnp.tile(keep, (batch, 1, 1)), VARIANTS)
+            for name, distance in found.items():
+                sums.setdefault((kind, name), []).append(distance)
     rows = []
-    for (name, order), found in errors.items():
-        every = np.concatenate(found)
-        rows.append({"name": name, "order": order, "heads": len(every), "mean": float(every.mean()),
-                     "median": float(np.median(every)), "worst": float(every.max())})  # fmt: skip
+    for (kind, name), found in sums.items():
+        limit = LIMITS["int8" if VARIANTS[name].v == 127 else "int4"]
+        rows.append(
+            {"plan": kind, "density": float(plans[kind].density), "what": name} | head_errors.summary(found, limit)
+        )
     return rows
-
-
-@jax.jit
-def _errors(q: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> list[jax.Array]:
-    """Of each of `VARIANTS` [B, heads]: the relative L1 error of q, k, v [B, N, heads, D] in each head's order."""
-    by_head = functools.partial(jnp.take_along_axis, indices=slots.T[None, :, :, None], axis=1)
-    q, k, v = (jnp.swapaxes(by_head(x), 1, 2).astype(jnp.float32) for x in (q, k, v))
-    exact = _attention(q, k, v, False, False, False, None)
-    size = jnp.abs(exact).sum((2, 3))
-    return [jnp.abs(_attention(q, k, v, *variant) - exact).sum((2, 3)) / size for _, *variant in VARIANTS]
-
-
-def _attention(q, k, v, narrow: bool, smooth_k: bool, smooth_q: bool, steps: int | None) -> jax.Array:
-    """softmax(q k^T / sqrt(D)) v of [B, heads, N, D], rounded as a variant says."""
-    bq, bk = BLOCK
-    product = functools.partial(jnp.einsum, "bhqd,bhkd->bhqk", precision="highest")
-    if smooth_k:
-        k = k - k.mean(axis=2, keepdims=True)
-    common = 0.0
-    if smooth_q:
-        mean = _by_block(q, bq).sum(axis=3, keepdims=True) / _real(q, bq)
-        mean = _tokens(jnp.broadcast_to(mean, _by_block(q, bq).shape), q)
-        q, common = q - mean, product(mean, k)
-    if narrow:
-        q = _rounded(q, jnp.abs(q).max(axis=3, keepdims=True))
-        largest = jnp.abs(_by_block(k, bk)).max(axis=(3, 4), keepdims=True)
-        k = _rounded(k, _tokens(jnp.broadcast_to(largest, _by_block(k, bk).shape), k))
-    scores = (product(q, k) + common) / np.sqrt(q.shape[3])
-    if steps is None:
-        return jnp.einsum("bhqk,bhkd->bhqd", jax.nn.softmax(scores), v, precision="highest")
-    v = _rounded(v, jnp.abs(v).max(axis=2, keepdims=True))
-    tail = -scores.shape[3] % bk
-    blocks = jnp.pad(scores, ((0, 0), (0, 0), (0, 0), (0, tail)), constant_values=-jnp.inf)
-    blocks = blocks.reshape(*scores.shape[:3], -1, bk)
-    top = blocks.max(axis=4, keepdims=True)
-    p = jnp.round(steps * jnp.exp(blocks - top)) / steps * jnp.exp(top - top.max(axis=3, keepdims=True))
-    p = p.reshape(*scores.shape[:3], -1)[..., : scores.shape[3]]
-    return jnp.einsum("bhqk,bhkd->bhqd", p, v, precision="highest") / p.sum(axis=3, keepdims=True)
-
-
-def _by_block(x: jax.Array, block: int) -> jax.Array:
-    """[B, heads, N, D] -> [B, heads, blocks, block, D], the last block filled with zeros."""
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % block), (0, 0)))
-    return x.reshape(*x.shape[:2], -1, block, x.shape[3])
-
-
-def _tokens(blocks: jax.Array, like: jax.Array) -> jax.Array:
-    """[B, heads, blocks, block, D] -> [B, heads, N, D]."""
-    return blocks.reshape(*like.shape[:2], -1, like.shape[3])[:, :, : like.shape[2]]
-
-
-def _real(x: jax.Array, block: int) -> jax.Array:
-    """How many tokens each block has, [1, 1, blocks, 1, 1]."""
-    blocks = -(-x.shape[2] // block)
-    return jnp.clip(x.shape[2] - block * jnp.arange(blocks), 0, block).reshape(1, 1, -1, 1, 1)
-
-
-def _rounded(x: jax.Array, largest: jax.Array) -> jax.Array:
-    scale = jnp.maximum(largest, 1e-7) / 7.0
-    return jnp.round(x / scale) * scale
 
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as the table in NOTES.md: per cent."""
-    lines = ["| | order | mean | median | worst |", "|---|---|---|---|---|"]
+    names = "order", "blocks kept", "rounded", "head: mean", "worst", "above the limit", "site: worst", "together"
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for row in rows:
-        found = " | ".join(f"{100 * row[column]:.2f}" for column in ("mean", "median", "worst"))
-        lines.append(f"| {row['name']} | {row['order']} | {found} |")
+        mean, worst, site, together = (f"{100 * row[x]:.2f}" for x in ("mean", "worst", "worst_site", "together"))
+        cells = [row["plan"], f"{100 * row['density']:.0f} %", row["what"], mean, worst]
+        lines.append("| " + " | ".join([*cells, f"{row['above']} of {row['heads']}", site, together]) + " |")
     return "\n".join(lines)
 
 
@@ -141,15 +93,17 @@ def main() -> None:
     args = parser.parse_args()
     note = (lambda message: None) if args.json else print
     steps = run.QUICK_STEPS
-    generate, at, grid = run.Generator(run.load_model(), steps), run.capture_steps(steps), model.CONFIG.grid
-    calibration = run.capture(generate.net, generate(data.random_scene(run.CALIBRATION_SEED)), at)
+    samples, grid = p_scale.captured(steps)
+    generate, at = run.Generator(run.load_model(), steps), run.capture_steps(steps)
     note("calibrating")
     plan, _ = calibrate.make_plan(
-        calibration, grid, density=0.5, block=run.BLOCK, bucket_edges=run.bucket_edges(steps), progress=False
-    )
-    samples = run.capture(generate.net, generate(data.random_scene(run.DEMO_SEED)), at)
-    heads = samples[0].q.shape[2]
-    rows = measure(samples, {"model": AttentionPlan.dense(grid, heads=heads), "PARO": plan}, steps, note=note)
+        run.capture(generate.net, generate(data.random_scene(run.CALIBRATION_SEED)), at), grid, density=DENSITY,
+        block=p_scale.BLOCK, bucket_edges=run.bucket_edges(steps), progress=False,
+    )  # fmt: skip
+    model = AttentionPlan.dense(grid, heads=samples[0].q.shape[2], block=p_scale.BLOCK)
+    whole = plan.with_mask(BlockMask(jnp.ones_like(plan.mask().keep), plan.block))
+    plans = {"model": model, "PARO": whole, "PARO, masked": plan}
+    rows = measure(samples, plans, steps, note=note)
     print(json.dumps(rows, indent=1) if args.json else table(rows))
 
 
