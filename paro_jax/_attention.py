@@ -465,7 +465,7 @@ def _layout(plan: AttentionPlan, batch: int, head_dim: int, dtype: str, implemen
         return "rows"
     request = Request(
         "block_attention", batch, plan.heads, tokens, tokens, head_dim, dtype, plan.block, quant.qk, quant.pv,
-        quant.p_scale, device_name(), layout="hopper_packed" if quant.packed else "rows",
+        quant.p_scale, device_name(), layout="hopper_packed" if quant.packed and implementation != "ampere" else "rows",
         features=("delta",) if quant.smooths_q else (),
     )  # fmt: skip
     return operand_layout(request, implementation)

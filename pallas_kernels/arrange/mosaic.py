@@ -264,7 +264,8 @@ class _Call:
         """f32 [B, H, n, dim]: the sum or the largest magnitude of each channel over every 256 tokens."""
         arrays = {name: array for name, array in arrays.items() if name != "slots"}  # the order does not matter
         (tiles, *_) = candidates(self.dim, "bf16", "row", 64, False)
-        call = replace(self, statistic=statistic, key_major=False, tiles=Tiles(STATISTIC_TOKENS, tiles.chunk))
+        tiles = Tiles(STATISTIC_TOKENS, tiles.chunk)
+        call = replace(self, statistic=statistic, key_major=False, whole=False, tiles=tiles)
         out = jax.ShapeDtypeStruct((self.batch, self.heads, call.programs, self.dim), jnp.float32)
         return call.launch(arrays, [out])[0]
 
