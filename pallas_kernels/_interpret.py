@@ -54,20 +54,21 @@ def _params() -> type:
     return Params
 
 
-# Below this XLA hands an array to a callback at once; a larger one is copied by its thread pool, one thread a core,
-# while a kernel's three warpgroups wait inside callbacks. Seen to hang with two cores (jax 0.12).
+# Below this XLA hands an array to a callback at once; a larger one is copied by its thread pool, while a kernel's three
+# warpgroups wait for each other inside callbacks of the same pool. With two threads it hangs (jax 0.12). The pool has a
+# thread for each core, or as many as NPROC says where that is set before JAX makes its first array.
 _AT_ONCE = 96 * 1024
-_CORES = 4
+_THREADS = 4
 
 
 def interpreter_would_hang(nbytes: int) -> str | None:
     """A reason when a kernel with an array of `nbytes` may wait for itself in the interpreter on this machine."""
-    cores = os.cpu_count() or 1
-    if nbytes < _AT_ONCE or cores >= _CORES:
+    threads = int(os.environ.get("NPROC") or os.cpu_count() or 1)
+    if nbytes < _AT_ONCE or threads >= _THREADS:
         return None
     return (
-        f"the interpreter needs {_CORES} cores for arrays of {_AT_ONCE} bytes and more, this machine has {cores}; "
-        "interpret something smaller"
+        f"the interpreter needs {_THREADS} threads for arrays of {_AT_ONCE} bytes and more, XLA has {threads} here; "
+        "set NPROC=8 in the environment before Python starts, or interpret something smaller"
     )
 
 

@@ -18,6 +18,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # pytest -m gpu -n 8: eight processes share the device's memory, none may take most of it at its start.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+# XLA's threads on a CPU. An interpreted kernel keeps one for each of its three warpgroups while they wait for each
+# other; where a core means a thread and there are two, it hangs.
+os.environ.setdefault("NPROC", "8")
+
 hypothesis.settings.register_profile("paro", deadline=None, derandomize=True, database=None, print_blob=False)
 hypothesis.settings.load_profile("paro")
 

@@ -265,7 +265,7 @@ def emulated(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     """The arithmetic of one problem at any widths, in float64, row of blocks by row of blocks, real int32 products:
     (o [B, H, Nq, D], lse [B, H, Nq]), kernel order."""
     stored, (bq, bk) = {k: np.asarray(v) for k, v in problem.operands.items() if v is not None}, problem.block
-    batch, heads, levels = problem.batch, problem.heads, {"bf16": 1, "fp8": 256, "int8": 127, "int4": 15}[problem.pv]
+    batch, heads, levels = problem.batch, problem.heads, {"bf16": 1, "fp8": 448, "int8": 127, "int4": 15}[problem.pv]
     integers = {width: np.int32 for width in ("int8", "int4")}
 
     def per_token(name: str, tokens: int, block: int) -> np.ndarray:

@@ -119,8 +119,6 @@ def cases() -> list[Case]:
         mean = (None, "compute", "head", "batch")[i % 4] if case.role == "k" else None
         layout = "hopper" if case.role != "v" and i % 3 == 0 else case.layout
         every[i] = replace(case, **turn, rope=i % 2 == 0, mean=mean, layout=layout, batch=2 if i % 8 == 3 else 1)
-        while 4 * every[i].batch * every[i].tokens * every[i].heads * every[i].head_dim >= 96 * 1024:
-            every[i] = replace(every[i], batch=1, tokens=every[i].tokens - 7)  # else two cores would hang
     return every
 
 
@@ -263,16 +261,17 @@ def test_it_serves_only_when_it_is_named():
 
 
 def test_the_interpreter_refuses_what_would_hang_it(monkeypatch):
+    monkeypatch.delenv("NPROC")
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     with interpret():
         assert mosaic.why_not(replace(REQUEST, heads=2, q_tokens=130, kv_tokens=130)) is None
-        assert "needs 4 cores" in str(mosaic.why_not(REQUEST))
+        assert "needs 4 threads" in str(mosaic.why_not(REQUEST))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(layout="volta"), "layout: expected 'rows' or 'hopper' or .*'ampere', got 'volta'"),
+        (dict(layout="volta"), "layout: expected 'rows' or 'hopper' or 'hopper_packed' or 'ampere', got 'volta'"),
         (dict(layout="hopper", block=24), "layout: expected head_dim at most 256 and a block of whole 16s"),
     ],
 )
@@ -369,7 +368,7 @@ AHEAD = {
 @pytest.mark.compile
 @pytest.mark.parametrize("case", AHEAD)
 def test_compiles_without_spills_and_below_the_memory(case):
-    request = replace(REQUEST, q_tokens=1000, kv_tokens=1000, heads=2, **AHEAD[case])
+    request = replace(REQUEST, q_tokens=1001, kv_tokens=1001, heads=2, **AHEAD[case])
     row = compile_report.measure(case, request, "sm_90a")
     assert row["spills"] == 0 and 0 < row["registers"] <= 255
     assert row["bound_ratio"] == 1  # what it computes takes less than what it moves

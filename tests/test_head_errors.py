@@ -22,7 +22,7 @@ def sample(rng, **louder) -> calibrate.Sample:
 
 
 @pytest.mark.parametrize("width", ["int8", "int4"])
-@pytest.mark.parametrize("density", [1.0, 0.6])
+@pytest.mark.parametrize("density", [1.0, 0.75])
 def test_all_of_it_is_what_attention_computes(rng, width, density):
     given = sample(rng)
     plan = AttentionPlan.dense(GRID, heads=2, block=(128, 128))
@@ -42,7 +42,7 @@ def test_all_of_it_is_what_attention_computes(rng, width, density):
         np.testing.assert_allclose(found, expected, atol=2e-3 * np.abs(given.v).max())
 
 
-@pytest.mark.parametrize("name", ["Q", "K", "V"])
+@pytest.mark.parametrize("name", ["K", "V"])
 def test_an_operand_with_outliers_costs_most(rng, name):
     rows = head_errors.measure([sample(rng, **{name.lower(): 8.0})], GRID, densities=(1.0,), widths=("int4",))
     alone = {row["what"]: row["mean"] for row in rows if row["what"].endswith("alone")}

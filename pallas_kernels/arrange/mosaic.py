@@ -176,13 +176,14 @@ def _forward(options: _Options, x, slots, norm, rope, mean):
         scales = jnp.maximum(amax, 1e-7) / WIDTHS[width].qmax
         arrays["channel"] = scales[:, :, 0]
     values, own = call.run(arrays)
+    values = values if key_major or form == PACKED or layout == "ampere" else values[:, :, :tokens]
     scales = own if scales is None else scales
     if scales is not None and role == "v":
         scales = scales[..., :head_dim]
     elif scales is not None and group == "row":
         scales = scales[:, :, :tokens]
     values, scales, mean, _ = _check.share_mesh_axes(values, scales, mean, x)  # Mosaic's say nothing about a mesh
-    return values[:, :, :tokens, :head_dim] if layout == "rows" else values, scales, mean
+    return values[..., :head_dim] if layout == "rows" else values, scales, mean
 
 
 def _together(*trees: Any) -> tuple[Any, ...]:
@@ -273,8 +274,10 @@ class _Call:
         """(values, scales f32 [B, H, whole tiles], [B, H, n], [B, H, n, dim], or None)."""
         lead, padded = (self.batch, self.heads), self.programs * self.tiles.tokens
         store = WIDTHS[self.width].store or jnp.dtype(self.dtype)
-        # Without TMA nothing cuts a tile where the tokens end.
-        shape = (self.dim, padded) if self.key_major else (padded if self.direct else self.tokens, self.dim)
+        # A bulk copy of rows takes them in whole eights, and plain stores know no end; the rest is cut off again.
+        shape = (
+            (self.dim, padded) if self.key_major else (padded if self.direct else -(-self.tokens // 8) * 8, self.dim)
+        )
         if self.form == "ampere":
             shape = (shape[0], shape[1] // 2)
         elif self.form == PACKED:

@@ -188,6 +188,8 @@ def _forward(
     k_scale, v_scale = (
         None if scales is None else scales / UNIT.get(width, 1.0) for scales, width in ((k_scale, qk), (v_scale, pv))
     )
+    # TMA takes tiles of eight rows from whole eights (any length up to eight); added keys are past the end.
+    q, k, v = (jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[2] % 8), (0, 0)]) for x in (q, k, v))
     by_row = k_scale is not None and k_scale.shape[2] != nk
     q_row = k_row = v_channel = v_block = None
     if q_scale is not None:
