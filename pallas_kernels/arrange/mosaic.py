@@ -275,9 +275,8 @@ class _Call:
         lead, padded = (self.batch, self.heads), self.programs * self.tiles.tokens
         store = WIDTHS[self.width].store or jnp.dtype(self.dtype)
         # A bulk copy of rows takes them in whole eights, and plain stores know no end; the rest is cut off again.
-        shape = (
-            (self.dim, padded) if self.key_major else (padded if self.direct else -(-self.tokens // 8) * 8, self.dim)
-        )
+        rows = padded if self.direct else -(-self.tokens // 8) * 8
+        shape = (self.dim, padded) if self.key_major else (rows, self.dim)
         if self.form == "ampere":
             shape = (shape[0], shape[1] // 2)
         elif self.form == PACKED:
