@@ -343,6 +343,7 @@ def lower(request: Request, target: str) -> Any:
         *([like(*lead, nq, request.kv_tokens)] if "delta" in request.features else []),
     ]
     run = partial(
+        kernel.run, block=request.block, scale=request.head_dim**-0.5, qk=request.qk, pv=request.pv,
         p_scale=request.p_scale, out_dtype=jnp.dtype(request.dtype), **options,
     )  # fmt: skip
     with _architecture(request.device):

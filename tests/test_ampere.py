@@ -262,6 +262,17 @@ def test_what_does_not_fit_its_layout_says_so(says):
             arrange(x, None, **dict(role="k", width="int8", group="row", block=64, layout="ampere") | changed)
 
 
+def check_copies(request, tiles) -> None:
+    """cp.async takes 16 bytes from an address that is a multiple of 16, and nothing below the GPU checks it: so is each
+    row of K and V at any length, and each step's offset into it. Rows come by 32 of a warpgroup."""
+    bq, bk = request.block
+    for role, width, tokens in (("q", request.qk, 1), ("k", request.qk, 1001), ("v", request.pv, 1001)):
+        rows, columns = ampere.stored_shape(role, width, tokens, request.head_dim, bq if role == "q" else bk)
+        size = 2 if width == "bf16" else 1
+        assert columns * size % 16 == 0 and rows % 32 == 0
+    assert ampere.stored_bytes(tiles.keys, request.pv) % 16 == 0 and bk % tiles.keys == 0
+
+
 def test_every_tile_fits_and_there_is_room_for_eight_warps():
     for device, (most, together) in ampere._SMEM.items():
         for head_dim in (1, *ampere.HEAD_DIMS):
@@ -271,6 +282,7 @@ def test_every_tile_fits_and_there_is_room_for_eight_warps():
                     assert ampere.why_not(request) is None, request
                     for tiles in ampere.candidates(request):
                         assert ampere.shared_memory(request, tiles) <= most
+                        check_copies(request, tiles)
                     programs = 8 // (4 * block[0] // ampere.ROWS)
                     beside = [
                         programs * (ampere.shared_memory(request, tiles) + 1024) <= together
