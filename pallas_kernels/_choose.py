@@ -7,7 +7,7 @@ choice is never silent.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -36,7 +36,7 @@ class Request:
     p_scale: str = "block"
     device: str = "cpu"
     role: str = ""
-    layout: str = "rows"  # see arrange
+    layout: str = "rows"  # of the operands; see arrange
     features: tuple[str, ...] = ()  # what is asked for beyond widths, of FEATURES
 
     def __str__(self) -> str:
@@ -49,17 +49,26 @@ class Request:
         return f"{self.op}{role}-{shape}-{self.dtype}-{blocks}-{widths}-{self.device}{more}"
 
 
-class Backend(NamedTuple):
-    """One implementation of one op. `default` False: serves only when it is named. `layouts`: of the operands that
-    attention reads, the one that it should get first.
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of one op.
+
+    `refuses` says of a request in one of `layouts` why it cannot serve it, or None. `layouts`: of the operands that
+    attention reads or arrange makes, the one that attention should get first. `default` False: serves only when named.
     """
 
     name: str
-    why_not: Callable[[Request], str | None]
+    refuses: Callable[[Request], str | None]
     run: Callable[..., Any]
     default: bool = True
     layouts: tuple[str, ...] = ("rows",)
     candidates: Callable[[Request], Sequence[Any]] | None = None  # its tiles, the likely fastest first; for `tiles=`
+
+    def why_not(self, request: Request) -> str | None:
+        """Why it cannot serve `request`, or None."""
+        if request.layout in self.layouts:
+            return self.refuses(request)
+        return f"layout {request.layout!r} is not served; it serves {', '.join(map(repr, self.layouts))}"
 
 
 class NoBackend(NotImplementedError):

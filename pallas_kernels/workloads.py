@@ -46,7 +46,7 @@ class SupportRow(NamedTuple):
     why_not: str | None  # None: it serves
 
 
-_DEVICES = ("cpu", "tpu", "sm_80", "sm_89", "sm_90")
+_DEVICES = ("cpu", "tpu", "sm_80", "sm_86", "sm_89", "sm_90")
 _WIDTHS = (
     ("bf16", "bf16"), ("fp8", "fp8"), ("int8", "bf16"), ("int8", "int8"), ("int4", "int8"), ("int4", "int4"),
     ("int4", "fp8"), ("fp4", "fp4"),

@@ -17,6 +17,7 @@ from jax.core import Tracer
 from pallas_kernels import Norm, Request, Rope, _hadamard, device_name
 from pallas_kernels._check import concrete
 from pallas_kernels.arrange import arrange as _kernel_arrange
+from pallas_kernels.arrange import stored_rows
 from pallas_kernels.block_attention import block_attention as _kernel_block_attention
 from pallas_kernels.block_attention import operand_layout, reader
 from paro_jax._grid import TokenGrid
@@ -76,9 +77,9 @@ def attention(
     Without a plan this is `jax.nn.dot_product_attention`, with the arguments it shares. With one, `query`, `key` and
     `value` are [B, N, heads, D] in model order, float32, bfloat16 or float16, and so is the result. `scale`: a plain
     number, None for 1/sqrt(D). `quant` overrides `plan.quant`. `implementation`: with a plan a backend of
-    `pallas_kernels` ("xla", "hopper", "reference"), without one what jax.nn takes; None chooses. `return_residual`:
-    also return the log-sum-exp of the kept scores, natural log, float32 [B, N, heads], of the K that came in, smoothed
-    or not.
+    `pallas_kernels` ("xla", "hopper", "ampere", "reference"), without one what jax.nn takes; None chooses.
+    `return_residual`: also return the log-sum-exp of the kept scores, natural log, float32 [B, N, heads], of the K that
+    came in, smoothed or not.
 
     A skipped block leaves the softmax altogether, its denominator included; a query with no kept block gets 0 and -inf
     (PAROAttention, arXiv 2506.16054).
@@ -266,7 +267,7 @@ def _rounded(x, slots, plan, quant: QuantSpec, role, norm, rope, layout, impleme
         implementation=implementation,
     )
     values, scales, mean = stored(width=quant.width(role), mean=mean)
-    exact = stored(width="bf16", mean=mean)[0] if role == "k" and quant.smooths_q else None
+    exact = stored(width="bf16", mean=mean, layout="rows")[0] if role == "k" and quant.smooths_q else None
     return TokenBlocks(
         values,
         scales,
@@ -337,6 +338,7 @@ def _attended(
         out_dtype=dtype if v.mean is None else jnp.float32,
         layout=v.layout,
         head_dim=v.head_dim,
+        q_tokens=plan.grid.tokens,
         kv_tokens=plan.grid.tokens,
         implementation=implementation,
         tiles=tiles,
@@ -357,7 +359,8 @@ def _attended(
 
 def _row_products(q: TokenBlocks, mean: jax.Array) -> jax.Array:
     """float32 [B, heads, N]: the stored q of every kernel slot times the K mean of its head."""
-    products = jnp.einsum("bhnd,bhd->bhn", q.values[..., : q.head_dim].astype(jnp.float32), mean, precision="highest")
+    values = stored_rows(q.values, width=q.width, layout=q.layout, tokens=q.grid.tokens, head_dim=q.head_dim)
+    products = jnp.einsum("bhnd,bhd->bhn", values.astype(jnp.float32), mean, precision="highest")
     tokens = products.shape[-1]
 
     def per_token(x):
@@ -465,7 +468,7 @@ def _layout(plan: AttentionPlan, batch: int, head_dim: int, dtype: str, implemen
         return "rows"
     request = Request(
         "block_attention", batch, plan.heads, tokens, tokens, head_dim, dtype, plan.block, quant.qk, quant.pv,
-        quant.p_scale, device_name(), layout="hopper_packed" if quant.packed else "rows",
+        quant.p_scale, device_name(), layout="hopper_packed" if quant.packed and implementation != "ampere" else "rows",
         features=("delta",) if quant.smooths_q else (),
     )  # fmt: skip
     return operand_layout(request, implementation)

@@ -29,8 +29,8 @@ class QuantSpec:
     `qk_rotate`: turn the channels of q and k by a random-sign Hadamard matrix, which q k^T does not notice
     (FlashAttention-3's incoherent processing). No effect when qk is "bf16".
 
-    `packed`: K and V of width "int4" are stored two values to a byte, in backends that read that (Hopper's); the others
-    refuse. No bit of a result changes.
+    `packed`: K and V of width "int4" are stored two values to a byte, in backends that read that (Hopper's, and
+    Ampere's, which knows no other way); the others refuse. No bit of a result changes.
 
     Presets of published methods: `paro_jax.recipes`. Raises ValueError for a value outside these sets, and for `packed`
     where nothing is "int4".

@@ -330,6 +330,32 @@ def problems(draw, dtypes=("float32",), widths=(("bf16", "bf16"),)) -> Problem:
     )
 
 
+def bounds(problem: Problem) -> tuple[float, float]:
+    """Largest |difference| of a kernel's output and log-sum-exp from the reference's: the contract's 2e-3 max |v|, or
+    the rounding of a bf16 output."""
+    quantised = "bf16" not in (problem.qk, problem.pv) and problem.dtype == "float32"
+    largest = float(np.abs(np.asarray(problem.qkv[2], np.float32)).max())
+    half = "bf16" in (problem.qk, problem.pv)
+    return (2e-3 if quantised else ROUNDING["bfloat16"]) * largest, 2e-2 if half else 1e-4
+
+
+def check_where_exponentials_differ(problem: Problem, implementation: str) -> None:
+    """A kernel against the reference on a GPU: an exponential's last bit decides how a P next to a half rounds, in one
+    row of a thousand. Such a row is a step of P off, relative to a sum that is at least 1."""
+    step = {"bf16": 2.0**-8, "fp8": 2.0**-4, "int8": 1 / 127, "int4": 1 / 15}[problem.pv]
+    largest = float(np.abs(np.asarray(problem.qkv[2], np.float32)).max())
+    pairs = zip(problem.solve(implementation), problem.solve("reference"), strict=True)
+    for (found, expected), usual, once in zip(pairs, bounds(problem), (2 * step * largest, 2 * step), strict=True):
+        assert_close(found, expected, max(usual, once))
+        found, expected = (
+            np.asarray(x, np.float64).reshape(problem.batch * problem.q_tokens * problem.heads, -1)
+            for x in (found, expected)
+        )
+        with np.errstate(invalid="ignore"):  # -inf less itself
+            off = (np.abs(found - expected) > usual).any(axis=1)
+        assert off.sum() <= 1 + len(off) // 200, f"{off.sum()} of {len(off)} rows"
+
+
 def assert_close(found, expected, bound: float) -> None:
     """Equal within `bound`, finite, and -inf in the same places."""
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)

@@ -271,7 +271,7 @@ def test_the_interpreter_refuses_what_would_hang_it(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(layout="ampere"), "layout: expected 'rows' or 'hopper' or 'hopper_packed', got 'ampere'"),
+        (dict(layout="volta"), "layout: expected 'rows' or 'hopper' or 'hopper_packed' or 'ampere', got 'volta'"),
         (dict(layout="hopper", block=24), "layout: expected head_dim at most 256 and a block of whole 16s"),
     ],
 )

@@ -339,7 +339,7 @@ _INT8 = Problem(qk="int8", pv="int8", mask="random", permuted=False)
         (lambda: _INT8.solve("xla", k_scale=None), r"k_scale: expected scales at qk='int8', got None"),
         (lambda: _INT8.solve(v_scale=_q((1, 2, 2, 32))), r"v_scale: .*\[1, 2, 4, 32\], got shape \[1, 2, 2, 32\]"),
         (lambda: _INT8.solve(q_scale=_q((1, 2, 4), jnp.bfloat16)), r"q_scale: expected dtype float32, .*bfloat16"),
-        (lambda: _FINE.solve("hoper"), r"implementation: .*one of 'hopper', 'xla', 'reference', got 'hoper'"),
+        (lambda: _FINE.solve("hoper"), r"implementation: .*one of 'hopper', 'ampere', 'xla', 'reference', got 'hoper'"),
         (lambda: jax.jit(lambda s: _FINE.solve(scale=s))(0.1), r"scale: expected a plain number .*got a traced value"),
     ],
 )  # fmt: skip

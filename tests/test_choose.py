@@ -57,7 +57,7 @@ def test_none_named_and_none_able_gives_every_reason():
 
 def test_a_name_that_does_not_exist_is_the_callers_mistake():
     with pytest.raises(
-        ValueError, match="implementation: expected None or one of 'hopper', 'xla', 'reference', got 'cuda'"
+        ValueError, match="implementation: expected None or one of 'hopper', 'ampere', 'xla', 'reference', got 'cuda'"
     ):
         choose(REQUEST, BACKENDS, "cuda")
 
@@ -71,7 +71,7 @@ def test_a_name_that_does_not_exist_is_the_callers_mistake():
     ],
 )
 def test_what_neither_backend_serves(changed, reason):
-    for backend in (b for b in BACKENDS if b.name != "hopper"):
+    for backend in (b for b in BACKENDS if b.name not in ("hopper", "ampere")):
         assert reason in backend.why_not(replace(REQUEST, **changed))
         assert backend.why_not(REQUEST) is None
 
@@ -108,7 +108,7 @@ def test_a_backend_that_does_not_name_a_feature_refuses_it(op, feature):
     devices = [replace(request, device=device) for device in ("sm_80", "sm_90")]
     for backend in workloads.backends(request):
         emulation = backend.name in ("xla", "reference")
-        served = emulation and (feature == "delta") == (op == "block_attention")
+        served = backend.name != "hopper" and (feature == "delta") == (op == "block_attention")
         reasons = [backend.why_not(replace(r, features=(feature,))) for r in devices]
         assert not any(reasons) if served else all(reasons) and FEATURES[feature] in "".join(map(str, reasons))
         fp4 = [backend.why_not(replace(r, qk="fp4")) for r in devices]

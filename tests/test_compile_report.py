@@ -92,18 +92,52 @@ ptxas info    : Used 168 registers, used 9 barriers, 1024 bytes smem"""
 def test_every_named_workload_is_there_at_every_width():
     rows = dict(compile_report.kernels("sm_90a"))
     assert rows["flux_1024 arrange v int8"].role == "v" and rows["flux_1024 arrange v int8"].op == "arrange"
-    assert len(rows) == len(compile_report.WORKLOADS) * (len(compile_report.KINDS) * len(compile_report.SHAPES) + 3)
+    kinds = compile_report.TARGETS["sm_90a"].kinds
+    assert len(rows) == len(compile_report.WORKLOADS) * (len(kinds) * len(compile_report.SHAPES) + 3)
     assert rows["flux_1024 int8/int8 64x64 running"].p_scale == "running"
     assert rows["wan_14b_720p int8/int8 128x128"] == replace(
         WORKLOADS["wan_14b_720p"], block=(128, 128), qk="int8", pv="int8", device="sm_90"
     )
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_89", "gpu"])
+@pytest.mark.parametrize(
+    ("target", "op", "clocks"),
+    [
+        ("sm_80", "HMMA.16816.F32.BF16", 2), ("sm_80", "IMMA.16832.S8.S8.SAT", 2), ("sm_80", "IMMA.16864.U4.S4", 2),
+        ("sm_86", "IMMA.16832.S8.S8", 4), ("sm_89", "IMMA.16864.S4.S4", 4), ("sm_89", "HMMA.16816.F32.BF16", 4),
+    ],
+)  # fmt: skip
+def test_mma_has_the_rate_of_its_gpu_and_its_widths(target, op, clocks):
+    """16 x 8 x 16, 32 or 64 multiply-adds: an A100 does 1024, 2048 or 4096 a clock and SM, an A10 half of it."""
+    assert compile_report.per_block([op], 4 * 128 * 128, target)[1]["tensor"] == clocks
+
+
+def test_units_have_the_rates_of_their_gpu():
+    ops = ["FADD", "LDSM.16.M88.4", "LDSM.16.MT88.2", "LDS.64", "LDS"]
+    (_, a100), (counts, l40s) = (compile_report.per_block(ops, 4 * 128 * 128, target) for target in ("sm_80", "sm_89"))
+    assert (a100["fp32"], l40s["fp32"]) == (0.5, 0.25)
+    assert counts["shared"] == 4 and a100["shared"] == l40s["shared"] == 4 + 2 + 2 + 1  # 128 bytes a clock
+
+
+def test_ampere_targets_have_rows_at_every_width():
+    for target in ("sm_80", "sm_86", "sm_89"):
+        rows = dict(compile_report.kernels(target))
+        assert {(r.qk, r.pv) for r in rows.values() if r.op == "block_attention"} == {
+            ("bf16", "bf16"), ("int8", "int8"), ("int4", "int8"), ("int4", "int4")
+        }  # fmt: skip
+        assert {r.device for r in rows.values()} == {target}
+        arranged = {(r.role, r.qk) for r in rows.values() if r.op == "arrange" and r.layout == "ampere"}
+        assert arranged == {(role, width) for role in "qkv" for width in ("int8", "int4")}
+
+
+@pytest.mark.parametrize("target", ["sm_75", "sm_100", "gpu"])
 def test_a_target_without_kernels_is_a_mistake_that_says_why(target, capsys):
     assert main(["compile-report", "--target", target]) == 2
     said = capsys.readouterr().err
-    assert re.search(rf"target: expected one of sm_90a, got '{target}'.*hopper: device {target} is not sm_90", said)
+    assert re.search(
+        rf"target: expected one of sm_90a, .*got '{target}'.*hopper: device {target} is not .*ampere: device {target}",
+        said,
+    )
 
 
 @pytest.mark.skipif(compile_report.missing() is None, reason="the compiler is here")

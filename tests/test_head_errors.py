@@ -1,12 +1,14 @@
 """The emulation behind the table of errors by operand."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import calibrate
 from paro_jax import AttentionPlan, QuantSpec, TokenGrid, attention
-from paro_jax.demo import head_errors, run
+from paro_jax.demo import head_errors, int4, run
 
 GRID = TokenGrid((3, 8, 9), text=5)
 
@@ -33,6 +35,7 @@ def test_all_of_it_is_what_attention_computes(rng, width, density):
         (head_errors.variants(width)["all"], QuantSpec(width, width)),
         (head_errors.variants(width)["K by token"], QuantSpec(width, width, k_group="row")),
         (head_errors.variants(width)["V by block"], QuantSpec(width, width, v_group="block")),
+        (replace(head_errors.variants(width)["all"], q_mean=True), QuantSpec(width, width, smooth_q=True)),
     ):
         found = np.swapaxes(head_errors.attend(q, k, v, keep, numerics), 0, 1)
         expected = attention(given.q[:1], given.k[:1], given.v[:1], plan=plan, quant=quant)[0][order]
@@ -50,10 +53,25 @@ def test_an_operand_with_outliers_costs_most(rng, name):
 
 
 def test_what_changes_no_exact_result_changes_none(rng):
-    """V's mean, balanced and rotated channels: without rounding the output is the same."""
+    """Means of Q and V, balanced and rotated channels: without rounding the output is the same."""
     q, k, v = (jnp.asarray(rng.normal(size=(1, 200, 16)), jnp.float32) for _ in range(3))
     keep = jnp.ones((1, 200, 2), bool)
     plain = head_errors.attend(q, k, v, keep, head_errors.Numerics())
-    for change in (dict(v_mean=True), dict(balance=True), dict(rotate=True), dict(p_keys=64)):
+    for change in (dict(v_mean=True), dict(q_mean=True), dict(balance=True), dict(rotate=True), dict(p_keys=64)):
         found = head_errors.attend(q, k, v, keep, head_errors.Numerics(**change))
         np.testing.assert_allclose(found, plain, atol=1e-5)
+
+
+def test_four_bits_want_smooth_operands_and_all_levels_for_p(rng):
+    """A bias that all keys share is most of K's range until it is taken away; P has no sign to spend levels on."""
+    given = sample(rng)
+    biased = given._replace(q=given.q + 2.0, k=(given.k + 10.0 * rng.normal(size=16)).astype(np.float32))
+    plan = AttentionPlan.dense(GRID, heads=2, block=(128, 128), order="HFW")
+    rows = int4.measure([biased], {"model": plan}, 1)
+    error = {row["what"]: row["mean"] for row in rows}
+    assert list(error) == list(int4.VARIANTS) and all(row["heads"] == 4 and row["density"] == 1 for row in rows)
+    assert error["Q K at 4 bits, K less its mean"] < error["Q K at 4 bits"] / 2
+    assert error["Q K at 4 bits, K and Q less their means"] < error["Q K at 4 bits, K less its mean"]
+    assert error["P V at 4 bits, P on [0, 15]"] < error["P V at 4 bits, P on [0, 7]"]
+    assert error["int8 / int8"] < error["int4 / int4"] / 5
+    assert int4.table(rows).count("\n") == len(rows) + 1

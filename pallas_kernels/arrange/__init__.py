@@ -9,8 +9,10 @@ import jax.numpy as jnp
 
 from pallas_kernels import _check, _choose, _fp4, _hadamard
 from pallas_kernels._check import mistake, require_shape
+from pallas_kernels._fragments import unpacked
+from pallas_kernels._packed import PACKED
 from pallas_kernels.arrange import mosaic, reference, xla
-from pallas_kernels.block_attention import LAYOUTS
+from pallas_kernels.block_attention import LAYOUTS, ampere
 from pallas_kernels.block_attention.hopper import HEAD_DIMS
 
 
@@ -35,10 +37,11 @@ class Rope:
 
 
 BACKENDS = (
-    # Until it has run on a GPU, it serves only whoever names it.
-    _choose.Backend("hopper", mosaic.why_not, mosaic.run, default=False),
-    _choose.Backend("xla", xla.why_not, xla.run),
-    _choose.Backend("reference", reference.why_not, reference.run, default=False),
+    # Until they have run on a GPU, they serve only whoever names them.
+    _choose.Backend("hopper", mosaic.why_not, mosaic.run, default=False, layouts=("hopper", PACKED, "rows")),
+    _choose.Backend("ampere", xla.why_not_ampere, mosaic.run_ampere, default=False, layouts=("ampere", "rows")),
+    _choose.Backend("xla", xla.why_not, xla.run, layouts=LAYOUTS),
+    _choose.Backend("reference", reference.why_not, reference.run, default=False, layouts=LAYOUTS),
 )
 
 GROUPS = {"q": ("row", "block", "thread"), "k": ("row", "block", "thread"), "v": ("channel", "block")}
@@ -56,7 +59,7 @@ def arrange(
     rope: Rope | None = None,
     mean: jax.Array | Literal["compute", "block"] | None = None,
     rotate: bool = False,
-    layout: Literal["rows", "hopper", "hopper_packed"] = "rows",
+    layout: Literal["rows", "hopper", "hopper_packed", "ampere"] = "rows",
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """One of q, k, v in kernel order at its stored width: norm, then RoPE, then the K mean, then reorder and round.
@@ -74,7 +77,9 @@ def arrange(
     and v below 16 bits with its keys side by side, [B, H, D, N up to whole blocks], those of int8 and int4 in the order
     `_registers.KEY_ORDER` inside each 16. k and v of width int4 are in the upper halves of their bytes there. Or
     "hopper_packed": they are two to a byte, k [B, H, 32 ceil(N / 64), D] with keys j and j + 32 of each 64 sharing
-    bytes, v [B, H, D / 2, N up to whole blocks] with channels c and c + D / 2, the former in the lower halves.
+    bytes, v [B, H, D / 2, N up to whole blocks] with channels c and c + D / 2, the former in the lower halves. Or
+    "ampere": N up to whole blocks, D padded to 64, 96 or 128 (of q and k at int4 not to 96), int8 and int4 v keys side
+    by side by `_fragments.key_order`, int4 two to a byte along the last axis.
 
     Returns (values [B, H, N, D], scales, the mean that was subtracted or None: f32 [B, H, D], of k not rotated, and
     [B, H, n, D], rotated, for "block"). scales: None at widths "bf16" and "fp4" (stored multiplied out), else f32
@@ -132,6 +137,13 @@ def arrange(
             f"head_dim {head_dim} and block {block}",
         )  # fmt: skip
 
+    if layout == "ampere" and (head_dim > ampere.HEAD_DIMS[-1] or block % 64 or width not in ampere.SERVED):
+        raise mistake(
+            "layout",
+            f"head_dim <= {ampere.HEAD_DIMS[-1]}, a block of whole 64s and {', '.join(ampere.SERVED)} for 'ampere'",
+            f"head_dim {head_dim}, block {block} and {width}",
+        )
+
     request = _choose.Request(
         op="arrange",
         batch=batch,
@@ -166,6 +178,12 @@ def arrange(
     run = partial(backend.run, **options)
     arrays = (x, slots, norm, rope, None if isinstance(mean, str) else mean)
     return run(*arrays) if width == "bf16" else _check.no_gradient(run, *arrays)
+
+
+def stored_rows(values: jax.Array, *, width: str, layout: str, tokens: int, head_dim: int) -> jax.Array:
+    """q or k as `arrange` stores it in any layout -> [B, H, tokens, head_dim], not scaled."""
+    values = unpacked(values) if layout == "ampere" and width == "int4" else values
+    return values[:, :, :tokens, :head_dim]
 
 
 def _describe(value: Any) -> str:

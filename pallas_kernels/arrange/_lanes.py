@@ -132,6 +132,45 @@ def transposed(tiles: Sequence[jax.Array], *, interpreted: bool) -> jax.Array:
     return inline(rename)(*tiles)
 
 
+def halved(x: jax.Array, layout: Any, *, interpreted: bool) -> jax.Array:
+    """x int32 [rows, columns], its values in the low four bits -> int8 [rows, columns / 2], the first in the low half.
+
+    `layout`: of x, who holds at least two columns side by side.
+    """
+    if interpreted:
+        return ((x[:, 0::2] & 15) | (x[:, 1::2] << 4)).astype(jnp.int8)
+
+    from jax.experimental.mosaic.gpu import fragmented_array as fa
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, vector
+
+    plgpu, half = mosaic(), half_layout(layout)
+
+    def join(ctx: Any, x: Any) -> Any:
+        i32, i8 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(8)
+        low, four = (arith.constant(i32, ir.IntegerAttr.get(i32, value)) for value in (15, 4))
+        target = half.to_mgpu()
+        registers = np.empty(x.registers.shape, dtype=object)
+        for place, register in np.ndenumerate(x.registers):
+            pairs = []
+            for i in range(target.vector_length):
+                first, second = _element(register, 2 * i), _element(register, 2 * i + 1)
+                pairs.append(arith.trunci(i8, arith.ori(arith.andi(first, low), arith.shli(second, four))))
+            registers[place] = vector.from_elements(ir.VectorType.get((len(pairs),), i8), pairs)
+        return fa.FragmentedArray(_registers=registers, _layout=target, _is_signed=True)
+
+    out = plgpu.ShapeDtypeStruct((x.shape[0], x.shape[1] // 2), jnp.int8, layout=half)
+    inline: Any = plgpu.inline_mgpu(arg_types=(layout,), return_type=out)
+    return inline(join)(x)
+
+
+def half_layout(layout: Any) -> Any:
+    """The layout in which a thread's pairs of neighbouring columns are one column each: half as wide."""
+    whole = layout.to_mgpu()
+    tiles = tuple((*tile[:-1], tile[-1] // 2) for tile in whole.tiling.tiles)
+    return tiled_layout(tiles, whole.warp_dims, whole.lane_dims)
+
+
 def _element(register: Any, place: int) -> Any:
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import vector

@@ -1,4 +1,5 @@
-"""arrange on Hopper (sm_90) in Mosaic GPU: one kernel from projected q, k or v to what attention reads.
+"""arrange in Mosaic GPU, for Hopper (sm_90) and for Ampere and Ada (sm_80, sm_86, sm_89): one kernel from projected q,
+k or v to what attention reads.
 
 Method: PAROAttention (arXiv 2506.16054), section 3.1 (reorder), and SageAttention (arXiv 2410.02367), section 4.2
 (smooth K, then round). A program makes one tile of kernel order: each thread fetches its channels of a token from the
@@ -10,6 +11,10 @@ only after a first launch of the same kernel, which reads x once more and writes
 RoPE's tables are read once a head, from L2 where they fit. (3) A block of 128 tokens of 256 channels is fetched twice,
 the second time from L2. (4) XLA cuts padding off: of row scales if their tiles are not full, of values in layout "rows"
 if head_dim is none of 64, 96, 128, 256. Rows past the last token repeat it, so that nothing outside is read.
+
+Hopper's values go through shared memory and leave by TMA. Below sm_90 there is none, and none is needed: a thread holds
+4 to 16 bytes that lie side by side, a warp whole sectors, and stores them from registers. Two 4-bit values that share a
+byte are neighbours in a thread there.
 """
 
 from collections.abc import Callable
@@ -23,11 +28,12 @@ from jax import lax
 
 from pallas_kernels import _check, _packed
 from pallas_kernels._check import WIDTHS
-from pallas_kernels._choose import Request
+from pallas_kernels._choose import Request, device_name
 from pallas_kernels._interpret import interpreted_device, interpreter_would_hang
 from pallas_kernels._packed import PACKED
 from pallas_kernels._registers import MAGIC, mosaic
 from pallas_kernels.arrange import _lanes, xla
+from pallas_kernels.block_attention import ampere
 from pallas_kernels.block_attention.hopper import HEAD_DIMS, padded_dim, why_not_here
 
 BLOCKS = (64, 128)
@@ -48,8 +54,11 @@ class Tiles:
 
 def why_not(request: Request) -> str | None:
     """Serves sm_90 (and the interpreter, which stands for one) at every width."""
-    if reason := why_not_here(request):
-        return reason
+    return why_not_here(request) or unfit(request)
+
+
+def unfit(request: Request) -> str | None:
+    """What keeps the kernel from a request on any device."""
     if request.head_dim > HEAD_DIMS[-1]:
         return f"head_dim {request.head_dim} > {HEAD_DIMS[-1]}"
     if request.head_dim % 8:
@@ -75,12 +84,26 @@ def candidates(dim: int, width: str, group: str, block: int, key_major: bool, pa
     return (Tiles(tokens, chunk),)
 
 
-@partial(jax.jit, static_argnames=("role", "width", "group", "block", "compute_mean", "layout"))
-def run(x, slots, norm, rope, mean, *, role, width, group, block, compute_mean, layout="rows"):
-    """See arrange; arguments are checked there."""
-    options = _Options(role, width, group, block, compute_mean, layout)
+@partial(jax.jit, static_argnames=("role", "width", "group", "block", "compute_mean", "layout", "direct"))
+def run(x, slots, norm, rope, mean, *, role, width, group, block, compute_mean, layout="rows", direct=False):
+    """See arrange; arguments are checked there. direct: without TMA, as on GPUs below sm_90."""
+    options = _Options(role, width, group, block, compute_mean, layout, direct)
     arrays = _together(x, slots, norm, rope, mean)
     return _differentiable(options, *arrays) if width == "bf16" else _forward(options, *arrays)
+
+
+def run_ampere(x, slots, norm, rope, mean, *, rotate=False, block_mean=False, **options):
+    """`run` for the GPUs of the Ampere attention kernel, which have no TMA; what it does not serve XLA's passes do."""
+    batch, tokens, heads, head_dim = x.shape
+    role, width, block = options["role"], options["width"], options["block"]
+    request = Request(
+        "arrange", batch, heads, tokens, tokens, head_dim, str(x.dtype), (block, block), device=device_name(),
+    )  # fmt: skip
+    kernel = width in ampere.SERVED and options["group"] != "thread" and not (rotate or block_mean)
+    kernel = kernel and not (role == "v" and (options["compute_mean"] or mean is not None))
+    if kernel and unfit(request) is None:
+        return run(x, slots, norm, rope, mean, direct=True, **options)
+    return xla.run(x, slots, norm, rope, mean, rotate=rotate, block_mean=block_mean, **options)
 
 
 class _Options(NamedTuple):
@@ -90,6 +113,7 @@ class _Options(NamedTuple):
     block: int
     compute_mean: bool
     layout: str
+    direct: bool = False
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -103,18 +127,21 @@ def _differentiable_fwd(options, *arrays):
 
 def _differentiable_bwd(options, arrays, cotangents):
     """XLA's: of the arguments, not of anything that a kernel made."""
-    return jax.vjp(partial(xla.run, **options._asdict()), *arrays)[1](cotangents)
+    same = {name: option for name, option in options._asdict().items() if name != "direct"}
+    return jax.vjp(partial(xla.run, **same), *arrays)[1](cotangents)
 
 
 _differentiable.defvjp(_differentiable_fwd, _differentiable_bwd)
 
 
 def _forward(options: _Options, x, slots, norm, rope, mean):
-    role, width, group, block, compute_mean, layout = options
+    role, width, group, block, compute_mean, layout, direct = options
     batch, tokens, heads, head_dim = x.shape
     dim = padded_dim(head_dim)
     key_major = layout != "rows" and role == "v" and width != "bf16"
-    form = layout if role != "q" and width == "int4" else "rows"
+    form = layout if width == "int4" and (role != "q" or layout == "ampere") else "rows"
+    if layout == "ampere":
+        dim = ampere.padded_dim(head_dim, "bf16" if role == "v" else width)
     (tiles, *_) = candidates(dim, width, group, block, key_major, form == PACKED)
 
     def per_head(weight):
@@ -135,8 +162,8 @@ def _forward(options: _Options, x, slots, norm, rope, mean):
             arrays[name] = padded(per_head(weight))[0]
     call = _Call(
         batch, heads, tokens, head_dim, dim, str(x.dtype), width, group, block, tiles, key_major, role == "v",
-        width in ("int8", "int4"), form, None if norm is None else (norm.kind, norm.eps),
-        interpreted=interpreted_device() is not None,
+        width in ("int8", "int4"), form, None if norm is None else (norm.kind, norm.eps), direct,
+        whole=layout == "ampere", interpreted=interpreted_device() is not None,
     )  # fmt: skip
     if compute_mean:
         mean = call.over_tokens("sum", arrays).sum(axis=2)[..., :head_dim] / tokens
@@ -149,7 +176,7 @@ def _forward(options: _Options, x, slots, norm, rope, mean):
         scales = jnp.maximum(amax, 1e-7) / WIDTHS[width].qmax
         arrays["channel"] = scales[:, :, 0]
     values, own = call.run(arrays)
-    values = values if key_major or form == PACKED else values[:, :, :tokens]
+    values = values if key_major or form == PACKED or layout == "ampere" else values[:, :, :tokens]
     scales = own if scales is None else scales
     if scales is not None and role == "v":
         scales = scales[..., :head_dim]
@@ -180,7 +207,7 @@ def bytes_moved(request: Request, *, width: str, group: str, rope: bool, compute
     per_group *= dim if request.role == "v" else 1
     scales = 0 if width == "bf16" else 4 * per_group
     values = rows * dim * (size if width == "bf16" else 1)
-    if request.layout == PACKED and width == "int4" and request.role != "q":
+    if width == "int4" and (request.layout == "ampere" or (request.layout == PACKED and request.role != "q")):
         values //= 2
     first = 0
     if compute_mean or (width != "bf16" and group == "channel"):
@@ -209,8 +236,10 @@ class _Call:
     key_major: bool  # values [B, H, dim, whole blocks] instead of [B, H, N, dim]
     by_channel: bool  # scales differ by channel
     permuted: bool  # keys by KEY_ORDER, if key_major
-    form: str  # of bytes: "rows" is a value each, "hopper" its upper half, "hopper_packed" two values
+    form: str  # of bytes: "rows" is a value each, "hopper" its upper half, "hopper_packed" and "ampere" two values
     norm: tuple[str, float] | None
+    direct: bool  # values go from registers to device memory, not through shared memory
+    whole: bool  # whole blocks of tokens are stored, in every role
     interpreted: bool
     statistic: str = ""  # "sum" or "amax": write that of each channel instead of values
 
@@ -229,14 +258,15 @@ class _Call:
 
     @property
     def programs(self) -> int:
-        whole = self.block if self.key_major else max(self.tiles.tokens, 2 * _packed.KEYS if self.pairs else 0)
+        whole = self.block if self.key_major or self.whole else max(self.tiles.tokens, 2 * _packed.KEYS * self.pairs)
         return -(-self.tokens // whole) * whole // self.tiles.tokens
 
     def over_tokens(self, statistic: str, arrays: dict[str, jax.Array]) -> jax.Array:
         """f32 [B, H, n, dim]: the sum or the largest magnitude of each channel over every 256 tokens."""
         arrays = {name: array for name, array in arrays.items() if name != "slots"}  # the order does not matter
         (tiles, *_) = candidates(self.dim, "bf16", "row", 64, False)
-        call = replace(self, statistic=statistic, key_major=False, tiles=Tiles(STATISTIC_TOKENS, tiles.chunk))
+        tiles = Tiles(STATISTIC_TOKENS, tiles.chunk)
+        call = replace(self, statistic=statistic, key_major=False, whole=False, tiles=tiles)
         out = jax.ShapeDtypeStruct((self.batch, self.heads, call.programs, self.dim), jnp.float32)
         return call.launch(arrays, [out])[0]
 
@@ -244,9 +274,12 @@ class _Call:
         """(values, scales f32 [B, H, whole tiles], [B, H, n], [B, H, n, dim], or None)."""
         lead, padded = (self.batch, self.heads), self.programs * self.tiles.tokens
         store = WIDTHS[self.width].store or jnp.dtype(self.dtype)
-        # A bulk copy of rows takes them in whole eights; what lies past the last token is cut off again.
-        shape = (self.dim, padded) if self.key_major else (-(-self.tokens // 8) * 8, self.dim)
-        if self.form == PACKED:
+        # A bulk copy of rows takes them in whole eights, and plain stores know no end; the rest is cut off again.
+        rows = padded if self.direct else -(-self.tokens // 8) * 8
+        shape = (self.dim, padded) if self.key_major else (rows, self.dim)
+        if self.form == "ampere":
+            shape = (shape[0], shape[1] // 2)
+        elif self.form == PACKED:
             shape = (self.dim // 2, padded) if self.key_major else (-(-self.tokens // 64) * _packed.KEYS, self.dim)
         out = [jax.ShapeDtypeStruct((*lead, *shape), store)]
         if self.width != "bf16" and self.group != "channel":
@@ -269,6 +302,8 @@ class _Call:
             if self.statistic:
                 return self.summarise(gmem, refs[-1])
             values, scales = (refs[-2], refs[-1]) if len(out) == 2 else (refs[-1], None)
+            if self.direct:
+                return self.store(gmem, values, scales)
             return pl.run_scoped(partial(self.store, gmem, values, scales), plgpu.SMEM(shape, out[0].dtype))
 
         call = plgpu.kernel(
@@ -288,9 +323,13 @@ class _Call:
         row = plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=layout)
         if self.key_major:
             # The transpose puts row 4m + q of part s at column 16m + 4q + s; _registers.KEY_ORDER names its key.
-            four = row & 3
-            key = 2 * four + (part & 1) + 8 * (part >> 1) if self.permuted else 4 * four + part
-            row = 4 * (row - four) + key
+            if self.form == "ampere":  # the same in _fragments.key_order, of which 32 keys are 8 rows
+                eight = row & 7
+                row = 4 * (row - eight) + 16 * (eight & 1) + 8 * (part >> 1) + (eight & 6) + (part & 1)
+            else:
+                four = row & 3
+                key = 2 * four + (part & 1) + 8 * (part >> 1) if self.permuted else 4 * four + part
+                row = 4 * (row - four) + key
         if self.pairs:
             row = row + first // 2
             return 2 * row - (row & (_packed.KEYS - 1)) + _packed.KEYS * part
@@ -356,7 +395,7 @@ class _Call:
             y = _lanes.rotated(y, cos, sin, lanes, interpreted=self.interpreted)
         if "mean" in gmem:
             y = y - by_channel(gmem["mean"].at[batch, head])
-        stored_whole = (self.key_major or self.pairs) and self.tokens % max(self.block, 64)
+        stored_whole = (self.key_major or self.pairs or self.whole) and self.tokens % max(self.block, 64)
         if stored_whole or (self.statistic == "sum" and self.tokens % self.tiles.tokens):
             y = jnp.where(by_row(place) < self.tokens, y, 0.0)
         return y
@@ -375,7 +414,7 @@ class _Call:
         found = total.sum(axis=0) if self.statistic == "sum" else total.max(axis=0)
         plgpu.store(out.at[batch, head, tile], found, optimized=False)
 
-    def store(self, gmem: dict, values: Any, scales: Any, smem: Any) -> None:
+    def store(self, gmem: dict, values: Any, scales: Any, smem: Any = None) -> None:
         """The launch that writes values, and their scales where they are its own."""
         from jax.experimental import pallas as pl
 
@@ -422,9 +461,12 @@ class _Call:
         def rounded(ratios):
             """Ratios of at most qmax as they are stored, half to even: one array, or two that share bytes."""
             if self.width in ("bf16", "fp8"):
-                return ratios[0].astype(smem.dtype)
+                return ratios[0].astype(values.dtype)
             # The low byte is the integer.
             integers = [lax.bitcast_convert_type(ratio + MAGIC, jnp.int32) for ratio in ratios]
+            if self.form == "ampere":
+                kind = self.lanes.transpose if self.key_major else self.lanes.tile
+                return _lanes.halved(integers[0], kind, interpreted=self.interpreted)
             if self.form != "rows":
                 integers[-1] = integers[-1] << 4
             if self.form == PACKED:
@@ -440,8 +482,18 @@ class _Call:
                 y = _lanes.transposed(ratios, interpreted=self.interpreted)
                 half = self.dim // 2
                 ratios = [y[:half], y[half:]] if self.form == PACKED else [y]
-            plgpu.store(smem.at[chunk], rounded(ratios), optimized=False)
+            stored = rounded(ratios)
+            if self.direct:
+                window = [pl.ds(extent * part, extent) for extent, part in zip(stored.shape, at(chunk), strict=True)]
+                plgpu.store(values.at[batch, head, *window], stored, optimized=False)
+            else:
+                plgpu.store(smem.at[chunk], stored, optimized=False)
             return carry
+
+        def at(chunk):
+            """Which of the tiles that a chunk makes this is, downwards and across."""
+            number = tile * chunks + chunk
+            return (0, number) if self.key_major else (number, 0)
 
         def row_scale(scale, first, part):
             """Stores the scales of a part's rows, which lie side by side."""
@@ -452,6 +504,8 @@ class _Call:
             return scale
 
         over_chunks(write, None)
+        if self.direct:
+            return
         plgpu.commit_smem()
         for chunk in range(chunks):
             first = tile * self.tiles.tokens + chunk * self.tiles.chunk

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels import _fp4, _hadamard, _packed, _registers
 from pallas_kernels._check import FLOATS, WIDTHS
 from pallas_kernels._choose import ALL_WIDTHS, Request, widths_served
+from pallas_kernels.block_attention import ampere
 from pallas_kernels.block_attention.hopper import padded_dim
 
 FEATURES = ("thread-groups", "rotation", "q-mean", "v-mean")
@@ -114,6 +115,8 @@ def laid_out(values: jax.Array, role: str, width: str, block: int, layout: str) 
     """values [B, H, N, D] as `layout` stores them; see arrange."""
     if layout == "rows":
         return values
+    if layout == "ampere":
+        return ampere.laid_out(values, role, width, block)
     head_dim = values.shape[3]
     dim = padded_dim(head_dim)
     values = jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, dim - head_dim)))

@@ -13,6 +13,7 @@ from pallas_kernels import _hadamard, _permute
 from pallas_kernels._check import FLOATS
 from pallas_kernels._choose import ALL_WIDTHS, Request, widths_served
 from pallas_kernels.arrange.reference import FEATURES, block_means, laid_out, normed, quantised, rotated
+from pallas_kernels.block_attention import ampere
 
 
 def why_not(request: Request) -> str | None:
@@ -20,6 +21,13 @@ def why_not(request: Request) -> str | None:
     if request.dtype not in FLOATS:
         return f"dtype {request.dtype} is not served; it serves {', '.join(FLOATS)}"
     return widths_served(request, ALL_WIDTHS, FEATURES)
+
+
+def why_not_ampere(request: Request) -> str | None:
+    """The same for the devices of that attention kernel, whose name then serves a whole call."""
+    if request.device not in ampere.DEVICES:
+        return f"device {request.device} is not served; it serves {', '.join(ampere.DEVICES)}"
+    return widths_served(request, ampere.SERVED, FEATURES) or why_not(request)
 
 
 _STATIC = ("role", "width", "group", "block", "compute_mean", "layout", "rotate", "block_mean")

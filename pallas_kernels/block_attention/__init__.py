@@ -9,11 +9,11 @@ import numpy as np
 
 from pallas_kernels import _check, _choose, _packed, _tiles
 from pallas_kernels._check import mistake, require_shape
-from pallas_kernels.block_attention import hopper, reference, xla
+from pallas_kernels.block_attention import ampere, hopper, reference, xla
 
-LAYOUTS = ("rows", "hopper", _packed.PACKED)
+LAYOUTS = ("rows", "hopper", _packed.PACKED, "ampere")
 BACKENDS = (
-    # Until it has run on a GPU, it serves only whoever names it.
+    # Until they have run on a GPU, they serve only whoever names them.
     _choose.Backend(
         "hopper",
         hopper.why_not,
@@ -21,6 +21,14 @@ BACKENDS = (
         default=False,
         layouts=("hopper", _packed.PACKED, "rows"),
         candidates=hopper.candidates,
+    ),
+    _choose.Backend(
+        "ampere",
+        ampere.why_not,
+        ampere.run,
+        default=False,
+        layouts=("ampere", "rows"),
+        candidates=ampere.candidates,
     ),
     _choose.Backend("xla", xla.why_not, xla.run, candidates=xla.candidates),
     _choose.Backend("reference", reference.why_not, reference.run, default=False),
@@ -47,6 +55,7 @@ def block_attention(
     out_dtype: Any = None,
     layout: str = "rows",
     head_dim: int | None = None,
+    q_tokens: int | None = None,
     kv_tokens: int | None = None,
     implementation: str | None = None,
     tiles: Any = None,
@@ -64,9 +73,9 @@ def block_attention(
     p_scale: P is rounded relative to its row's maximum in the key block ("block") or to the running one ("running").
     delta f32 [B, H, nq, Nk]: added to q k^T of all queries of a block, before `scale` (SageAttention2's delta S, arXiv
     2411.10958: what q k^T lacks when a block's mean query was subtracted; as there, nq Nk numbers a head).
-    layout: "rows", or that of `arrange` which made the operands (it says what they look like), "hopper" or
-    "hopper_packed"; then head_dim is how many of the padded channels are real, and kv_tokens how many key tokens, which
-    a packed K does not show.
+    layout: "rows", or that of `arrange` which made the operands (it says what they look like), "hopper",
+    "hopper_packed" or "ampere"; then head_dim is how many of the padded channels are real, and q_tokens and kv_tokens
+    how many tokens, which whole blocks and a packed K do not show.
     tiles: one of the backend's `candidates`; None: the fastest in this device's table (`paro bench --tune`), else the
     first.
     out_dtype: default v's dtype, else q's, where that is a float, else float32.
@@ -83,28 +92,12 @@ def block_attention(
     if p_scale not in ("block", "running"):
         raise mistake("p_scale", "'block' or 'running'", repr(p_scale))
     require_shape("q", q, (None,) * 4, "[batch, heads, query tokens, head_dim]")
-    batch, heads, q_tokens, channels = q.shape
-    require_shape("k", k, (batch, heads, None, channels), "[batch, heads, key tokens, head_dim] as q's")
+    batch, heads = q.shape[:2]
     if layout not in LAYOUTS:
         raise mistake("layout", " or ".join(map(repr, LAYOUTS)), repr(layout))
-    packed = hopper.packed(qk, pv, layout)
-    least, most = (2 * k.shape[2] - 2 * _packed.KEYS + 1, 2 * k.shape[2]) if "k" in packed else (k.shape[2],) * 2
-    if kv_tokens is None and "k" in packed:
-        raise mistake("kv_tokens", f"{least} to {most} for a packed k of {k.shape[2]} rows", None)
-    kv_tokens = k.shape[2] if kv_tokens is None else kv_tokens
-    if not least <= kv_tokens <= most or ("k" in packed and k.shape[2] % _packed.KEYS):
-        raise mistake("kv_tokens", f"{least} to {most} for a k of {k.shape[2]} rows", kv_tokens)
-    head_dim = channels if head_dim is None else head_dim
-    if (head_dim != channels) if layout == "rows" else not 0 < head_dim <= channels:
-        raise mistake("head_dim", f"None or at most the {channels} channels of q, and all of them for 'rows'", head_dim)
-    if layout != "rows" and channels not in hopper.HEAD_DIMS:
-        served = ", ".join(map(str, hopper.HEAD_DIMS))
-        raise mistake("q", f"{served} channels for layout {layout!r}", channels, "pallas_kernels.arrange makes it.")
-    if layout != "rows" and pv != "bf16":
-        shape = (batch, heads, channels // 2 if "v" in packed else channels, -(-kv_tokens // bk) * bk)
-        require_shape("v", v, shape, "[batch, heads, head_dim (packed: half), key tokens up to whole blocks]")
-    else:
-        require_shape("v", v, (batch, heads, kv_tokens, channels), "[batch, heads, key tokens, head_dim] as k's")
+    given = (q_tokens, kv_tokens, head_dim)
+    require = _require_ampere if layout == "ampere" else _require_hopper
+    q_tokens, kv_tokens, head_dim = require(q, k, v, given, block=(bq, bk), widths=(qk, pv), layout=layout)
     if 0 in (batch, heads, q_tokens, kv_tokens, head_dim):
         raise mistake("q, k", "at least one batch entry, head, token and channel", f"{q.shape} and {k.shape}")
 
@@ -159,6 +152,8 @@ def block_attention(
     options |= {} if tiles is None else {"tiles": tiles}
     if layout != "rows":
         options |= dict(layout=layout, kv_tokens=kv_tokens)
+    if layout == "ampere":
+        options |= dict(q_tokens=q_tokens, head_dim=head_dim)
     run = partial(backend.run, **options)
     arrays = (q, k, v, count, index, slots, q_scale, k_scale, v_scale, *(() if delta is None else (delta,)))
     o, lse = run(*arrays) if qk == pv == "bf16" else _check.no_gradient(run, *arrays)
@@ -182,6 +177,53 @@ def reader(layout: str) -> str | None:
     """The only backend that reads `layout`, or None where there are others."""
     able = [backend.name for backend in BACKENDS if layout in backend.layouts]
     return able[0] if len(able) == 1 else None
+
+
+def _require_hopper(q, k, v, given, *, block, widths, layout) -> tuple[int, int, int]:
+    """(query tokens, key tokens, head_dim) of operands in layout "rows" or Hopper's, or ValueError where they do not
+    fit."""
+    q_tokens, kv_tokens, head_dim = given
+    (batch, heads, tokens, channels), (qk, pv), bk = q.shape, widths, block[1]
+    if q_tokens not in (None, tokens):
+        raise mistake("q_tokens", f"None or {tokens}, as in q, for layout {layout!r}", q_tokens)
+    require_shape("k", k, (batch, heads, None, channels), "[batch, heads, key tokens, head_dim] as q's")
+    packed = hopper.packed(qk, pv, layout)
+    least, most = (2 * k.shape[2] - 2 * _packed.KEYS + 1, 2 * k.shape[2]) if "k" in packed else (k.shape[2],) * 2
+    if kv_tokens is None and "k" in packed:
+        raise mistake("kv_tokens", f"{least} to {most} for a packed k of {k.shape[2]} rows", None)
+    kv_tokens = k.shape[2] if kv_tokens is None else kv_tokens
+    if not least <= kv_tokens <= most or ("k" in packed and k.shape[2] % _packed.KEYS):
+        raise mistake("kv_tokens", f"{least} to {most} for a k of {k.shape[2]} rows", kv_tokens)
+    head_dim = channels if head_dim is None else head_dim
+    if (head_dim != channels) if layout == "rows" else not 0 < head_dim <= channels:
+        raise mistake("head_dim", f"None or at most the {channels} channels of q, and all of them for 'rows'", head_dim)
+    if layout != "rows" and channels not in hopper.HEAD_DIMS:
+        served = ", ".join(map(str, hopper.HEAD_DIMS))
+        raise mistake("q", f"{served} channels for layout {layout!r}", channels, "pallas_kernels.arrange makes it.")
+    if layout != "rows" and pv != "bf16":
+        shape = (batch, heads, channels // 2 if "v" in packed else channels, -(-kv_tokens // bk) * bk)
+        require_shape("v", v, shape, "[batch, heads, head_dim (packed: half), key tokens up to whole blocks]")
+    else:
+        require_shape("v", v, (batch, heads, kv_tokens, channels), "[batch, heads, key tokens, head_dim] as k's")
+    return tokens, kv_tokens, head_dim
+
+
+def _require_ampere(q, k, v, given, *, block, widths, layout) -> tuple[int, int, int]:
+    """The same of layout "ampere", whose shapes follow from the three numbers."""
+    q_tokens, kv_tokens, head_dim = given
+    most = ampere.HEAD_DIMS[-1]
+    for name, number in (("q_tokens", q_tokens), ("kv_tokens", kv_tokens)):
+        if not isinstance(number, int) or number < 1:
+            raise mistake(name, f"how many tokens are real, for layout {layout!r}, which has whole blocks", number)
+    if not isinstance(head_dim, int) or not 0 < head_dim <= most:
+        raise mistake("head_dim", f"1 to {most} real channels for layout {layout!r}", head_dim)
+    (bq, bk), (qk, pv) = block, widths
+    for name, x, width, tokens, size in (
+        ("q", q, qk, q_tokens, bq), ("k", k, qk, kv_tokens, bk), ("v", v, pv, kv_tokens, bk)
+    ):  # fmt: skip
+        shape = (*q.shape[:2], *ampere.stored_shape(name, width, tokens, head_dim, size))
+        require_shape(name, x, shape, f"[batch, heads, ...] as arrange stores it in layout {layout!r}")
+    return q_tokens, kv_tokens, head_dim
 
 
 def _stored(array: jax.Array, name: str, width: str) -> bool:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from pallas_kernels import _check, _permute
 from pallas_kernels._check import FLOATS, WIDTHS
 from pallas_kernels._choose import ALL_WIDTHS, Request, widths_served
-from pallas_kernels.block_attention.reference import FEATURES, foreign, inexact, quantise_p, token_scales
+from pallas_kernels.block_attention.reference import FEATURES, inexact, quantise_p, token_scales
 
 _LOWEST = -3.4028235e38  # a maximum before the first score: finite, so that a masked score of -inf gives exp2(-inf) = 0
 
@@ -38,7 +38,7 @@ def why_not(request: Request) -> str | None:
     """Serves every width and device at float32, bfloat16 and float16, wherever integers stay exact in float32."""
     if request.dtype not in FLOATS:
         return f"dtype {request.dtype} is not served; it serves {', '.join(FLOATS)}"
-    return widths_served(request, ALL_WIDTHS, FEATURES) or foreign(request) or inexact(request)
+    return widths_served(request, ALL_WIDTHS, FEATURES) or inexact(request)
 
 
 def tiles(rows: int, blocks: int, bq: int, bk: int) -> Tiles:

@@ -39,6 +39,8 @@ class Numerics:
     k_tokens: int = BLOCK  # that share a scale of K
     v_tokens: int | None = None  # that share a scale of a channel of V; None: all
     p_keys: int = BLOCK  # that share a maximum of P
+    k_mean: bool = True  # K is rounded less its mean, if at all
+    q_mean: bool = False  # Q less the mean of each block, whose product with K is added back (arXiv 2411.10958, 3.1)
     clip: bool = False  # scales of q, k and v by the least squared error, not by the largest value
     v_mean: bool = False  # V's mean is left out and added to the output: softmax's rows sum to 1
     balance: bool = False  # channels of K and Q scaled against each other (SmoothQuant, arXiv 2211.10438)
@@ -74,17 +76,22 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, keep: jax.Array, numerics: 
 
 def _head(q: jax.Array, k: jax.Array, v: jax.Array, keep: jax.Array, x: Numerics) -> jax.Array:
     tokens, dim = q.shape
-    if x.k is not None:
+    if x.k is not None and x.k_mean:
         k = k - k.mean(axis=0, keepdims=True)
     if x.balance:
         ratio = jnp.sqrt(jnp.abs(k).max(axis=0) / jnp.abs(q).max(axis=0))
         q, k = q * ratio[None], k / ratio[None]
     if x.rotate:
         q, k = (y @ jnp.asarray(_hadamard(dim)) for y in (q, k))
+    delta = jnp.zeros((1, tokens))
+    if x.q_mean:
+        blocks, count = jnp.arange(tokens) // BLOCK, -(-tokens // BLOCK)
+        means = jax.ops.segment_sum(q, blocks, count) / jnp.bincount(blocks, length=count)[:, None]
+        delta, q = (means @ k.T)[blocks], q - means[blocks]
     mean = v.mean(axis=0) if x.v_mean else jnp.zeros(dim)
     q, k = _rounded(q, x.q, 1, x.clip), _rounded(k, x.k, x.k_tokens, x.clip)
     v = _rounded(v - mean[None], x.v, x.v_tokens or tokens, x.clip, by_channel=True)
-    scores = jnp.pad(q @ k.T * dim**-0.5, ((0, 0), (0, -tokens % BLOCK)), constant_values=-jnp.inf)
+    scores = jnp.pad((q @ k.T + delta) * dim**-0.5, ((0, 0), (0, -tokens % BLOCK)), constant_values=-jnp.inf)
     scores = jnp.where(jnp.repeat(keep, BLOCK, axis=1), scores, -jnp.inf)
     scores = scores.reshape(tokens, -1, x.p_keys)
     top = scores.max(axis=(1, 2))[:, None]
@@ -145,20 +152,29 @@ def measure(
             plan = dense if density == 1 else run.window_plan(dense, density)
             keep = jnp.repeat(plan.mask().keep, BLOCK, axis=1)[:, : grid.tokens]
             keep = jnp.tile(keep, (batch, 1, 1))
-            exact = attend(q, k, v, keep, Numerics())
-            size = np.asarray(jnp.abs(exact).sum((1, 2)))
-            for width in widths:
-                for name, numerics in variants(width).items():
-                    apart = np.asarray(jnp.abs(attend(q, k, v, keep, numerics) - exact).sum((1, 2)))
-                    sums.setdefault((density, width, name), []).append((apart, size))
+            every = {(density, width, name): x for width in widths for name, x in variants(width).items()}
+            for key, found in distances(q, k, v, keep, every).items():
+                sums.setdefault(key, []).append(found)
     rows = []
     for (density, width, name), found in sums.items():
-        apart, size = (np.stack(x) for x in zip(*found, strict=True))  # [samples, B * heads]
-        error, site = apart / size, apart.sum(axis=1) / size.sum(axis=1)
-        row: Row = {"density": density, "width": width, "what": name, "heads": error.size}
-        row |= {"mean": float(error.mean()), "worst": float(error.max()), "above": int((error > LIMITS[width]).sum())}
-        rows.append(row | {"worst_site": float(site.max()), "together": float(apart.sum() / size.sum())})
+        rows.append({"density": density, "width": width, "what": name} | summary(found, LIMITS[width]))
     return sorted(rows, key=lambda row: (-row["density"], row["width"] != "int8"))
+
+
+def distances(q, k, v, keep, every: Mapping[Any, Numerics]) -> dict[Any, tuple[np.ndarray, np.ndarray]]:
+    """Of each variant: by head, how far its output is from the exact one, and how large that is (sums of |x|)."""
+    exact = attend(q, k, v, keep, Numerics())
+    size = np.asarray(jnp.abs(exact).sum((1, 2)))
+    return {key: (np.asarray(jnp.abs(attend(q, k, v, keep, x) - exact).sum((1, 2))), size) for key, x in every.items()}
+
+
+def summary(found: Sequence[tuple[np.ndarray, np.ndarray]], limit: float) -> Row:
+    """`distances` of several samples as `heads`, `mean`, `worst`, `above` the limit, `worst_site`, `together`."""
+    apart, size = (np.stack(x) for x in zip(*found, strict=True))  # [samples, B * heads]
+    error, site = apart / size, apart.sum(axis=1) / size.sum(axis=1)
+    row: Row = {"heads": error.size, "mean": float(error.mean()), "worst": float(error.max())}
+    row |= {"above": int((error > limit).sum()), "worst_site": float(site.max())}
+    return row | {"together": float(apart.sum() / size.sum())}
 
 
 def table(rows: Sequence[Row]) -> str:
