@@ -130,6 +130,10 @@ def block_attention(
     )
     backend = _choose.choose(request, BACKENDS, implementation)
     options = dict(block=(bq, bk), scale=scale, qk=qk, pv=pv, p_scale=p_scale, out_dtype=out_dtype)
+    if layout != "rows":
+        options |= dict(layout=layout, kv_tokens=kv_tokens)
+    if layout == "ampere":
+        options |= dict(q_tokens=q_tokens, head_dim=head_dim)
     run = partial(backend.run, **options)
     arrays = (q, k, v, count, index, slots, q_scale, k_scale, v_scale, *(() if delta is None else (delta,)))
     o, lse = run(*arrays) if qk == pv == "bf16" else _check.no_gradient(run, *arrays)
