@@ -149,7 +149,7 @@ TINY = dict(heads=2, q_tokens=70, kv_tokens=130, head_dim=64)
 
 def test_an_index_or_count_out_of_range_reads_nothing_outside():
     """Traced, so nothing before the launch can catch it; the interpreter raises on a read out of bounds."""
-    problem = Problem(**TINY, qk="int8", pv="int4", mask="ones")
+    problem = Problem(**TINY | dict(heads=1), qk="int8", pv="int4", mask="ones")
     count, index = schedule(problem.keep)
     arrays = {k: v for k, v in problem.operands.items() if v is not None}
 
