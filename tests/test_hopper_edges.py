@@ -36,6 +36,18 @@ def test_however_large_the_scores(case):
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-2 if problem.qk == "bf16" else 1e-6)
 
 
+@pytest.mark.parametrize(("qk", "kv_tokens"), [("bf16", 64), ("bf16", 1), ("int8", 64), ("int8", 1)])
+def test_half_a_block_past_the_end(qk, kv_tokens):
+    """At 128 channels a bf16 P walks 128 keys in halves; the second one has no key here, and counts for nothing."""
+    facts = dict(q_tokens=9, kv_tokens=kv_tokens, head_dim=128, block=(128, 128), dtype="bfloat16", mask="ones")
+    problem = Problem(heads=1, qk=qk, **facts)
+    with interpret():
+        o, lse = problem.solve("hopper")
+    expected, expected_lse = problem.solve("reference")
+    assert_close(o, expected, 2e-2 * float(jnp.abs(problem.qkv[2].astype(jnp.float32)).max()))
+    assert_close(lse, expected_lse, 2e-2)
+
+
 @pytest.fixture
 def hopper_by_default(monkeypatch):
     """The one line in each op that makes the Hopper kernels the default."""

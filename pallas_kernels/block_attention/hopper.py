@@ -536,7 +536,7 @@ class _Call:
 
         def masked(s, real):
             """Keys past the end become -inf; of integers, the bits of -2^120, which are below every score's."""
-            if self.kv_tokens % keys == 0:
+            if self.kv_tokens % self.block[1] == 0:
                 return s
             lowest = _MASKED_BITS if s.dtype == jnp.int32 else -jnp.inf
 
@@ -566,6 +566,8 @@ class _Call:
                 s, top = (s, top) if folded else (s - MAGIC, top - MAGIC)
             scale = scale * self.to_log2
             factor = vector(scale) if q_row is None else q_row * scale
+            if self.parts > 1 and s.dtype != jnp.int32:  # half a block may lie past the end, and -inf * 0 is NaN
+                top = jnp.maximum(top, _LOWEST)
             return s, top, factor
 
         def exponents(s, top, factor, relative, behind):
