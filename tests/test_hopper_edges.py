@@ -4,6 +4,7 @@ import re
 import sys
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -46,6 +47,16 @@ def test_half_a_block_past_the_end(qk, kv_tokens):
     expected, expected_lse = problem.solve("reference")
     assert_close(o, expected, 2e-2 * float(jnp.abs(problem.qkv[2].astype(jnp.float32)).max()))
     assert_close(lse, expected_lse, 2e-2)
+
+
+def test_an_output_of_another_dtype_fits_where_the_request_fits():
+    """why_not sees the dtype of q, k and v alone; float32 of 256 channels left no room for a stage of K and V."""
+    shapes = []
+    with interpret():
+        for dtype in (jnp.bfloat16, jnp.float32):
+            out = jax.eval_shape(lambda dtype=dtype: call(head_dim=256, out_dtype=dtype))
+            shapes.append((out.shape, out.dtype))
+    assert shapes == [((1, 64, 1, 256), jnp.bfloat16), ((1, 64, 1, 256), jnp.float32)]
 
 
 @pytest.fixture
