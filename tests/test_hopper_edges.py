@@ -133,6 +133,13 @@ def test_an_array_of_another_type_or_range_never_reaches_the_kernel(says):
                 call(**{name: array})
 
 
+def test_an_output_that_is_no_float_is_named(says):
+    with interpret():
+        for wrong in (jnp.int8, jnp.float8_e4m3fn):
+            with says("out_dtype", "float32, bfloat16 or float16", jnp.dtype(wrong).name):
+                call(out_dtype=wrong)
+
+
 def test_an_array_that_is_not_contiguous_is_what_it_shows():
     """Strided views of numpy and transposes of jax arrays: values count, not how they lie."""
     rng = np.random.default_rng(0)
