@@ -246,6 +246,7 @@ def test_a_plan_reaches_both_kernels_by_one_name():
         ({"head_dim": 68}, "head_dim 68 is no multiple of 8"),
         ({"block": (64, 32)}, "block of 32 key tokens is not served; it serves 64, 128"),
         ({"block": (96, 64)}, "block of 96 query tokens is not served; it serves 64, 128"),
+        ({"heads": 1, "head_dim": 256, "kv_tokens": 2**20}, "1048576 tokens .* are more than 65535 programs of 16"),
         ({"batch": 64}, r"2\^31 or more are beyond an int32 address; split the batch"),
     ],
 )  # fmt: skip

@@ -4,6 +4,7 @@ import re
 import sys
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -34,6 +35,28 @@ def test_however_large_the_scores(case):
     expected, expected_lse = problem.solve("reference", scale=scale)
     assert_close(o, expected, 2e-2 * float(jnp.abs(problem.qkv[2].astype(jnp.float32)).max()))
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-2 if problem.qk == "bf16" else 1e-6)
+
+
+@pytest.mark.parametrize(("qk", "kv_tokens"), [("bf16", 64), ("bf16", 1), ("int8", 64), ("int8", 1)])
+def test_half_a_block_past_the_end(qk, kv_tokens):
+    """At 128 channels a bf16 P walks 128 keys in halves; the second one has no key here, and counts for nothing."""
+    facts = dict(q_tokens=9, kv_tokens=kv_tokens, head_dim=128, block=(128, 128), dtype="bfloat16", mask="ones")
+    problem = Problem(heads=1, qk=qk, **facts)
+    with interpret():
+        o, lse = problem.solve("hopper")
+    expected, expected_lse = problem.solve("reference")
+    assert_close(o, expected, 2e-2 * float(jnp.abs(problem.qkv[2].astype(jnp.float32)).max()))
+    assert_close(lse, expected_lse, 2e-2)
+
+
+def test_an_output_of_another_dtype_fits_where_the_request_fits():
+    """why_not sees the dtype of q, k and v alone; float32 of 256 channels left no room for a stage of K and V."""
+    shapes = []
+    with interpret():
+        for dtype in (jnp.bfloat16, jnp.float32):
+            out = jax.eval_shape(lambda dtype=dtype: call(head_dim=256, out_dtype=dtype))
+            shapes.append((out.shape, out.dtype))
+    assert shapes == [((1, 64, 1, 256), jnp.bfloat16), ((1, 64, 1, 256), jnp.float32)]
 
 
 @pytest.fixture
@@ -108,6 +131,13 @@ def test_an_array_of_another_type_or_range_never_reaches_the_kernel(says):
         for name, (array, *words) in wrong.items():
             with says(name, *words):
                 call(**{name: array})
+
+
+def test_an_output_that_is_no_float_is_named(says):
+    with interpret():
+        for wrong in (jnp.int8, jnp.float8_e4m3fn):
+            with says("out_dtype", "float32, bfloat16 or float16", jnp.dtype(wrong).name):
+                call(out_dtype=wrong)
 
 
 def test_an_array_that_is_not_contiguous_is_what_it_shows():

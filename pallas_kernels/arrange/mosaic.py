@@ -9,8 +9,9 @@ Unusual: a permutation costs no pass and no shared memory, it is an address. x i
 once. Where that is not all: (1) a mean or a scale over *all* tokens (K's computed mean, V's scale per channel) is known
 only after a first launch of the same kernel, which reads x once more and writes a row of channels per 256 tokens. (2)
 RoPE's tables are read once a head, from L2 where they fit. (3) A block of 128 tokens of 256 channels is fetched twice,
-the second time from L2. (4) XLA cuts padding off: of row scales if their tiles are not full, of values in layout "rows"
-if head_dim is none of 64, 96, 128, 256. Rows past the last token repeat it, so that nothing outside is read.
+the second time from L2. (4) XLA cuts padding off, a copy: of row scales if their tiles are not full, of values that
+are stored by token if the tokens are no multiple of 8, and in layout "rows" if head_dim is none of 64, 96, 128, 256.
+Rows past the last token repeat it, so that nothing outside is read.
 
 Hopper's values go through shared memory and leave by TMA. Below sm_90 there is none, and none is needed: a thread holds
 4 to 16 bytes that lie side by side, a warp whole sectors, and stores them from registers. Two 4-bit values that share a
@@ -38,6 +39,7 @@ from pallas_kernels.block_attention.hopper import HEAD_DIMS, padded_dim, why_not
 
 BLOCKS = (64, 128)
 STATISTIC_TOKENS = 256  # tokens whose sum or largest magnitude is one row of the first launch's output
+_PROGRAMS = 65535  # that a launch may have along its second axis
 _HELD = 16384  # values a program keeps in registers, 128 a thread, between finding their scale and rounding them
 
 
@@ -69,6 +71,9 @@ def unfit(request: Request) -> str | None:
     elements = request.batch * request.heads * max(request.q_tokens, request.kv_tokens) * request.head_dim
     if elements >= 2**31:
         return f"{elements} elements, and 2^31 or more are beyond an int32 address; split the batch"
+    tokens, (tiles, *_) = request.kv_tokens, candidates(padded_dim(request.head_dim), "bf16", "row", 64, False)
+    if -(-tokens // tiles.tokens) > _PROGRAMS:
+        return f"{tokens} tokens of {request.head_dim} channels are more than {_PROGRAMS} programs of {tiles.tokens}"
     if interpreted_device() is not None:
         return interpreter_would_hang(4 * elements)
     return None

@@ -109,7 +109,7 @@ def shared_memory(request: Request, tiles: Tiles) -> int:
     qk, pv = (2 if width == "bf16" else 1 for width in (request.qk, request.pv))
     out = 4 if request.dtype == "float32" else 2
     stage = tiles.keys * dim * (qk + pv) + 16 + 4 * tiles.keys + 4 * dim  # K, V, facts, and scales by key and channel
-    rows = 2 * ROWS * (dim * qk + out_channels(dim) * out + 12) + 8 * dim  # q, output, slots, scales, log-sum-exp
+    rows = 2 * ROWS * (dim * qk + out_channels(dim, out) * out + 12) + 8 * dim  # q, output, slots, scales, log-sum-exp
     p = 2 * ROWS * tiles.keys * pv if request.pv == "fp8" else 0  # the interpreter stages every P and has no limit
     stage += len(packed(request.qk, request.pv, request.layout)) * tiles.keys * dim // 2
     return lists(request.block) * tiles.stages * stage + rows + p
@@ -120,9 +120,9 @@ def packed(qk: str, pv: str, layout: str) -> tuple[str, ...]:
     return tuple(name for name, width in (("k", qk), ("v", pv)) if layout == PACKED and width == "int4")
 
 
-def out_channels(dim: int) -> int:
-    """Channels of the output staged at once."""
-    return dim if dim < 128 else 64
+def out_channels(dim: int, size: int) -> int:
+    """Channels of the output, of `size` bytes each, staged at once: their dtype, which why_not never sees, must fit."""
+    return dim if dim < 128 else 128 // size
 
 
 @partial(
@@ -272,13 +272,18 @@ class _Call:
         """Steps per key block."""
         return self.block[1] // self.tiles.keys
 
+    @property
+    def width(self) -> int:
+        """Channels of the output staged at once."""
+        return out_channels(self.dim, jnp.dtype(self.out_dtype).itemsize)
+
     def run(self, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """(o [B, Nq, H, dim], lse f32 [B, H, nq * bq] in kernel order)."""
         from jax.experimental import pallas as pl
 
         plgpu = _registers.mosaic()
         nq, dim, keys = arrays["index"].shape[1], self.dim, self.tiles.keys
-        walks, stages, width = lists(self.block), self.tiles.stages, out_channels(self.dim)
+        walks, stages, width = lists(self.block), self.tiles.stages, self.width
         names = tuple(arrays)
 
         def tiled(shape, dtype):
@@ -538,7 +543,7 @@ class _Call:
 
         def masked(s, real):
             """Keys past the end become -inf; of integers, the bits of -2^120, which are below every score's."""
-            if self.kv_tokens % keys == 0:
+            if self.kv_tokens % self.block[1] == 0:
                 return s
             lowest = _MASKED_BITS if s.dtype == jnp.int32 else -jnp.inf
 
@@ -563,6 +568,8 @@ class _Call:
             release("k_free", slot, read="k_row" in smem)
             s = masked(s, real)
             top = s.max(axis=1)
+            if self.parts > 1 and s.dtype != jnp.int32:  # half a block may lie past the end, and -inf * 0 is NaN
+                top = jnp.maximum(top, _LOWEST)
             if s.dtype == jnp.int32:  # positive floats order as their bits do, and integers have a maximum of three
                 s, top = (lax.bitcast_convert_type(x, jnp.float32) for x in (s, top))
                 s, top = (s, top) if folded else (s - MAGIC, top - MAGIC)
@@ -670,7 +677,7 @@ class _Call:
         total = jnp.where(some, total, 1.0)
         lse = jnp.where(some, math.log(2) * (top + jnp.log2(total / levels)), -jnp.inf)
         plgpu.store(smem["lse"].at[wg], lse, optimized=False)
-        width = out_channels(self.dim)
+        width = self.width
         # A list beyond the last query block repeats that block with no steps: it must not write.
         live = lax.axis_index("program") * 2 + wg < self.shape(gmem)[0] if own_list else True
         writes = jnp.where(live, jnp.clip(self.q_tokens - first, 0, ROWS), 0)
