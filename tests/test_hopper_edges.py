@@ -37,7 +37,7 @@ def test_however_large_the_scores(case):
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-2 if problem.qk == "bf16" else 1e-6)
 
 
-@pytest.mark.parametrize(("qk", "kv_tokens"), [("bf16", 64), ("bf16", 1), ("int8", 64), ("int8", 1)])
+@pytest.mark.parametrize(("qk", "kv_tokens"), [("bf16", 64), ("bf16", 1), ("int8", 1)])
 def test_half_a_block_past_the_end(qk, kv_tokens):
     """At 128 channels a bf16 P walks 128 keys in halves; the second one has no key here, and counts for nothing."""
     facts = dict(q_tokens=9, kv_tokens=kv_tokens, head_dim=128, block=(128, 128), dtype="bfloat16", mask="ones")
