@@ -34,7 +34,8 @@ class Settings:
 
     @classmethod
     def of_json(cls, value: dict[str, Any]) -> "Settings":
-        return cls(**value | {"block": tuple(value["block"]), "densities": tuple(value["densities"])})
+        fields: dict[str, Any] = {**value, "block": tuple(value["block"]), "densities": tuple(value["densities"])}
+        return cls(**fields)
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ def jobs(
 def tuning(settings: Settings, requests: Iterable[tuple[Any, Any, Sequence[Any]]]) -> list[Job]:
     """Rows of `--tune`: for every (workload, widths, candidates) each candidate, at a fifth of the blocks."""
     return [
-        Job("tune", workload, settings.backend, *widths, "random", SCALING_DENSITY, tiles=asdict(tiles))
-        for workload, widths, candidates in requests
+        Job("tune", workload, settings.backend, qk, pv, "random", SCALING_DENSITY, tiles=asdict(tiles))
+        for workload, (qk, pv), candidates in requests
         for tiles in candidates
     ]
 

@@ -23,6 +23,7 @@ from paro_jax.bench.jobs import SCALING_HEADS, Job, Settings
 Row = dict[str, Any]
 # A relative L1 error above this is no rounding: the row is a failure, however fast it was.
 WRONG = {"bf16": 0.03, "int8": 0.15, "fp8": 0.25, "int4": 0.6}
+_ROLES: tuple[_attention.Role, ...] = ("q", "k", "v")
 _MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory", "OUT_OF_MEMORY")
 _POISON = ("CUDA_ERROR", "illegal memory", "launch failure", "misaligned address", "illegal instruction")
 
@@ -109,7 +110,7 @@ def kernel(
         tiles = _tiles.measured(request, backend) or next(iter(every), None)
     q, k, v = (
         jax.block_until_ready(arrange(x, plan=plan, role=role, implementation=settings.backend))
-        for role, x in zip("qkv", cases.tensors(case), strict=True)
+        for role, x in zip(_ROLES, cases.tensors(case), strict=True)
     )
     schedule = jax.block_until_ready((*plan.mask().schedule(), plan.slots))
     return _kernel_call(settings.backend, tiles), (q, k, v, plan, schedule), plan, tiles and asdict(tiles)
@@ -213,19 +214,19 @@ def _path_calls(backend: str, dense_name: str) -> dict[str, Callable[..., Any]]:
     def ours_in(x, weights, norm, rope, plan):
         return tuple(
             project_in(x, w, plan=plan, role=role, implementation=backend, **extra)
-            for w, role, extra in zip(
-                weights, ("q", "k", "v"), ({"norm": norm, "rope": rope},) * 2 + ({},), strict=True
-            )
+            for w, role, extra in zip(weights, _ROLES, ({"norm": norm, "rope": rope},) * 2 + ({},), strict=True)
         )
 
     def ours(q, k, v, plan):
         return attend(q, k, v, plan=plan, implementation=backend)
 
     def dense_layer(x, weights, norm, rope, weight):
-        return out(dense(*dense_in(x, weights, norm, rope)), weight)
+        q, k, v = dense_in(x, weights, norm, rope)
+        return out(dense(q, k, v), weight)
 
     def our_layer(x, weights, norm, rope, weight, plan):
-        return out(ours(*ours_in(x, weights, norm, rope, plan), plan), weight)
+        q, k, v = ours_in(x, weights, norm, rope, plan)
+        return out(ours(q, k, v, plan), weight)
 
     parts = {"dense in": dense_in, "dense attention": dense, "out": out, "ours in": ours_in, "attend": ours}
     return {name: jax.jit(f) for name, f in {**parts, "dense layer": dense_layer, "our layer": our_layer}.items()}
