@@ -206,7 +206,7 @@ def per_block(
     producer: what 4 more warps do for twice as many scores.
     """
     facts, warps = _target(target), 4 * 128 * 128 / scores
-    rates = _RATES | facts.rates
+    rates = {**_RATES, **facts.rates}
     weighed = [(op, warps) for op in instructions] + [(op, warps / 2) for op in producer or []]
     counts, clocks = {}, {}
     for unit, names in _UNITS.items():

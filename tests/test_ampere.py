@@ -362,6 +362,8 @@ def ahead(target: str, **changed) -> compile_report.Row:
 AHEAD = [
     ("sm_80", "bf16", "bf16", 128, (128, 128)),
     ("sm_80", "int8", "bf16", 128, (128, 128)),
+    ("sm_80", "int8", "int4", 128, (128, 128)),
+    ("sm_80", "bf16", "int8", 128, (128, 128)),
     ("sm_80", "int4", "int8", 128, (128, 128)),
     ("sm_86", "int4", "int4", 96, (128, 64)),
     ("sm_89", "int8", "int8", 64, (64, 64)),
@@ -387,7 +389,7 @@ def test_compiles_without_spills_to_the_intended_instructions(target, qk, pv, he
 
 @pytest.mark.compile
 def test_delta_compiles_without_spills():
-    row = ahead("sm_80", qk="int4", pv="int4", head_dim=64, block=(64, 64), features=("delta",))
+    row = ahead("sm_80", qk="int4", pv="int4", head_dim=128, block=(128, 128), features=("delta",))
     assert row["spills"] == 0 and set(row["tensor_instructions"]) <= FOURS
 
 
