@@ -381,15 +381,21 @@ def _lower_arrange(request: Request, like: Callable[..., Any]) -> Any:
 
 
 def compiler_facts(text: str) -> Row:
-    """{registers, spills (bytes stored), barriers, reallocates} from what the compiler says, perhaps twice."""
+    """{registers, spills (bytes stored), barriers, reallocates} from what the compiler says, perhaps twice.
 
-    def most(pattern: str) -> int:
-        return max(map(int, re.findall(pattern, text, re.IGNORECASE)), default=0)
+    Raises ValueError where it does not say how many registers or spills: none found is not none.
+    """
+
+    def most(what: str, pattern: str, needed: bool = True) -> int:
+        found = [int(number) for number in re.findall(pattern, text, re.IGNORECASE)]
+        if needed and not found:
+            raise ValueError(f"compiler output: expected the number of {what}, found {text[:500]!r}.")
+        return max(found, default=0)
 
     return {
-        "registers": most(r"used (\d+) registers"),
-        "spills": most(r"(\d+) bytes spill stores"),
-        "barriers": most(r"used (\d+) barriers"),
+        "registers": most("registers", r"used (\d+) registers"),
+        "spills": most("spills", r"(\d+) bytes spill stores"),
+        "barriers": most("barriers", r"used (\d+) barriers", needed=False),
         "reallocates": "'setmaxnreg' ignored" not in text,
     }
 

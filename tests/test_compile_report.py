@@ -87,6 +87,9 @@ ptxas info    : Used 168 registers, used 9 barriers, 1024 bytes smem"""
     assert compile_report.compiler_facts(text) == facts
     ignored = "ptxas info : (C7504) Potential Performance Loss: 'setmaxnreg' ignored to maintain compatibility\n"
     assert compile_report.compiler_facts(ignored + text) == facts | {"reallocates": False}
+    for missing in (text.replace("spill stores", "stores"), text.replace("registers", "regs")):
+        with pytest.raises(ValueError, match="expected the number of (spills|registers), found"):
+            compile_report.compiler_facts(missing)
 
 
 def test_every_named_workload_is_there_at_every_width():
