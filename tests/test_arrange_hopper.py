@@ -265,7 +265,7 @@ def test_the_interpreter_refuses_what_would_hang_it(monkeypatch):
     monkeypatch.delenv("NPROC")
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     with interpret():
-        assert mosaic.why_not(replace(REQUEST, heads=2, q_tokens=130, kv_tokens=130)) is None
+        assert mosaic.why_not(replace(REQUEST, batch=1, heads=2, q_tokens=130, kv_tokens=130)) is None
         assert "needs 4 threads" in str(mosaic.why_not(REQUEST))
 
 

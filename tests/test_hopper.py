@@ -188,7 +188,7 @@ def test_a_refusal_names_what_is_in_the_way(changed, reason):
 
 
 def test_the_interpreter_refuses_what_would_hang_it(monkeypatch):
-    small, large = (replace(REQUEST, heads=2, q_tokens=n, kv_tokens=n) for n in (130, 4096))
+    small, large = (replace(REQUEST, batch=1, heads=2, q_tokens=n, kv_tokens=n) for n in (130, 4096))
     monkeypatch.delenv("NPROC")
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     assert hopper.why_not(large) is None

@@ -66,7 +66,7 @@ def hopper_by_default(monkeypatch):
         module = sys.modules[f"pallas_kernels.{op}"]
         first, *others = module.BACKENDS
         assert first.name == "hopper"
-        monkeypatch.setattr(module, "BACKENDS", (first._replace(default=True), *others))
+        monkeypatch.setattr(module, "BACKENDS", (replace(first, default=True), *others))
 
 
 @pytest.mark.usefixtures("hopper_by_default")
@@ -103,18 +103,18 @@ def call(head_dim=64, **changed):
 
 def test_a_device_older_or_younger_than_hopper_is_named():
     for device in ("sm_80", "sm_89", "sm_100"):
-        with interpret(device), pytest.raises(NoBackend, match=f"hopper: device {device} is not sm_90.* Able: xla"):
+        with interpret(device), pytest.raises(NoBackend, match=f"hopper: device {device} is not sm_90.* Able: .*xla"):
             call()
 
 
 def test_a_head_dim_over_256_is_named():
-    with interpret(), pytest.raises(NoBackend, match="hopper: head_dim 264 > 256.* Able: xla"):
+    with interpret(), pytest.raises(NoBackend, match="hopper: head_dim 264 > 256.* Able: .*xla"):
         call(head_dim=264)
 
 
 def test_where_no_tile_fits_the_memory_is_named(monkeypatch):
     monkeypatch.setattr(hopper, "_SMEM", 30_000)
-    with pytest.raises(NoBackend, match="hopper: no tile fits in 30000 bytes of shared memory.* Able: xla"):
+    with pytest.raises(NoBackend, match="hopper: no tile fits in 30000 bytes of shared memory.* Able: .*xla"):
         choose(REQUEST, BACKENDS, "hopper")
 
 

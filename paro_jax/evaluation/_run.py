@@ -146,7 +146,7 @@ def evaluate(
                 found = {"error": why_not} if cell is None else cell
             cells.put(row, i, found)
             tick(str(row))
-        finished = [row for row in rows if all((row, i) in cells for i in range(len(subject.cases)))]
+        finished = [row for row in rows if all((row, i) in cells for i in ("attention", *range(len(subject.cases))))]
         Table.of(finished, cells.found, about, judge.frechet).save(out, picture=False)
     bar.close()
     table = Table.of(rows, cells.found, about, judge.frechet)
