@@ -148,7 +148,8 @@ def _draw_methods(axes: Any, rows: list[dict[str, Any]]) -> None:
         )  # fmt: skip
     axes.set(xlabel="density executed, text included", ylabel="PSNR against dense, dB", title="masks, bf16")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.09))  # beside the points, not over them
+    # Beside the points, not over them.
+    axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.09))
 
 
 def _draw_widths(axes: Any, rows: list[dict[str, Any]]) -> None:
