@@ -49,9 +49,10 @@ def lse_bound(problem: Problem) -> float:
 
 
 def check_where_exponentials_differ(problem: Problem) -> None:
-    """`check` on a GPU: an exponential's last bit decides how a P next to a half rounds, in one row of a thousand.
+    """`check` on a GPU, and of scores that are no integers: a last bit decides how a P next to a half rounds.
 
-    So does float64 against the reference. Such a row is a step of P off, relative to a sum that is at least 1.
+    It does in one row of a thousand, also of float64 against the reference. Such a row is a step of P off, relative to
+    a sum that is at least 1.
     """
     step = {"bf16": 2.0**-8, "fp8": 2.0**-4, "int8": 1 / 127, "int4": 1 / 15}[problem.pv]
     largest = float(np.abs(np.asarray(problem.qkv[2], np.float32)).max())
@@ -75,8 +76,12 @@ TINY = dict(heads=2, q_tokens=70, kv_tokens=130, head_dim=64)
 
 @pytest.mark.parametrize("row", covering_rows())
 def test_interpreted_is_the_reference(row):
+    problem = problem_of(**row)
     with interpret():
-        check(problem_of(**row))
+        if problem.qk == "fp8" and problem.pv != "bf16":  # float scores, summed in another order, beside a rounded P
+            check_where_exponentials_differ(problem)
+        else:
+            check(problem)
 
 
 def test_two_runs_give_equal_bits():

@@ -100,7 +100,7 @@ def test_block_attention_runs_with_the_tiles_of_the_table_and_every_tile_gives_t
         return XLA.run(*arrays, tiles=tiles, **options)
 
     module = sys.modules["pallas_kernels.block_attention"]  # the package's attribute of that name is the function
-    monkeypatch.setattr(module, "BACKENDS", (XLA._replace(run=spy),))
+    monkeypatch.setattr(module, "BACKENDS", (replace(XLA, run=spy),))
     call = partial(block_attention, q, k, v, count, index, block=(64, 64), scale=0.2)
     expected, every = call(), xla.candidates(REQUEST)
     np.testing.assert_allclose(call(tiles=every[1]), expected, atol=2e-6)
