@@ -41,7 +41,8 @@ _SMEM = {"sm_80": (166912, 167936), "sm_86": (101376, 102400), "sm_89": (101376,
 DEVICES = tuple(_SMEM)
 _ALIGNED = 1024  # of each buffer
 CHANNELS = 32  # of an integer P @ V that are multiplied at a time
-_MASKED = -(2.0**120)  # an integer score that gives P = 0 at any factor
+_MASKED = -(2.0**120)  # a score that gives P = 0 at any factor not below _SMALLEST
+_SMALLEST = 2.0**-100  # as a factor of scores: their differences are nothing there, nor below
 _LOWEST = -3.4028235e38  # a maximum before the first score: finite, so that a masked score of -inf gives exp2(-inf) = 0
 
 
@@ -544,7 +545,7 @@ class _Call:
 
             slot, start = slot_of(i), tokens(i, block)
             factor = vector(k_block * self.to_log2)
-            factor = factor if q_row is None else factor * q_row
+            factor = jnp.maximum(factor if q_row is None else factor * q_row, _SMALLEST)
             s = masked(scores(slot, start, factor, prefetch), self.kv_tokens - start)
             s_top = reduce(jnp.maximum, s).max(axis=1)
             block_top = s_top if whole else (s_top - MAGIC if biased else s_top) * factor

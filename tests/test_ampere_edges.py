@@ -1,0 +1,36 @@
+"""The Ampere kernel where inputs are extreme: keys past the end, scales of zero."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import Problem, assert_close, bounds
+from test_ampere import TINY, mma_on_a_cpu  # noqa: F401  (a fixture of this module too)
+
+from pallas_kernels import interpret
+
+
+@pytest.mark.parametrize(
+    ("qk", "k_group", "kv_tokens", "added"),
+    [("bf16", "block", 64, False), ("int8", "row", 1, False), ("int8", "block", 192, True)],
+)
+def test_half_a_block_past_the_end(qk, k_group, kv_tokens, added):
+    """A bf16 P walks 128 keys in halves; the second one of the last block has no key here, and counts for nothing."""
+    facts = dict(q_tokens=9, kv_tokens=kv_tokens, head_dim=64, block=(128, 128), dtype="bfloat16", mask="ones")
+    problem = Problem(heads=1, qk=qk, k_group=k_group, batch=2 if added else 1, **facts)
+    shape = (problem.batch, 1, 1, kv_tokens)  # lower than the zeros of padded keys
+    delta = jnp.asarray(np.random.default_rng(0).normal(size=shape) - 300, jnp.float32) if added else None
+    with interpret("sm_80"):
+        found = jax.block_until_ready(problem.solve("ampere", delta=delta))
+    for a, b, bound in zip(found, problem.solve("reference", delta=delta), bounds(problem), strict=True):
+        assert_close(a, b, bound)
+
+
+def test_scales_of_zero_do_not_bring_masked_keys_back():
+    """Zeros that somebody else rounded may have a scale of zero: all scores are then zero, of real keys alone."""
+    problem = Problem(**TINY | dict(heads=1, q_tokens=9, kv_tokens=70), qk="int8", pv="int8", mask="ones")
+    q_scale = problem.operands["q_scale"].at[:, :, :4].set(0.0)
+    with interpret("sm_80"):
+        found = jax.block_until_ready(problem.solve("ampere", q_scale=q_scale))
+    for a, b, bound in zip(found, problem.solve("reference", q_scale=q_scale), bounds(problem), strict=True):
+        assert_close(a, b, bound)
