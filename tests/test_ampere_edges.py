@@ -1,4 +1,4 @@
-"""The Ampere kernel where inputs are extreme: keys past the end, scales of zero."""
+"""The Ampere kernel where inputs are extreme: keys past the end, scales of zero, scores beyond float32's integers."""
 
 import jax
 import jax.numpy as jnp
@@ -34,3 +34,23 @@ def test_scales_of_zero_do_not_bring_masked_keys_back():
         found = jax.block_until_ready(problem.solve("ampere", q_scale=q_scale))
     for a, b, bound in zip(found, problem.solve("reference", q_scale=q_scale), bounds(problem), strict=True):
         assert_close(a, b, bound)
+
+
+LARGE = {  # what scores are multiplied by: the rounding of the largest, in halvings, passes 0.005, 2^6 and 2^20
+    "bf16": (1e9, dict(dtype="bfloat16")),
+    "bf16, far beyond": (1e13, dict(dtype="bfloat16")),
+    "int8, scales by key": (1e5, dict(qk="int8", pv="int8", k_group="row")),
+    "int8 scores, running": (1e9, dict(qk="int8", pv="int4", p_scale="running")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_however_large_the_scores(case):
+    """As Hopper's: the product of a score and its scale is rounded once; each row is its largest keys."""
+    scale, changed = LARGE[case]
+    problem = Problem(**dict(heads=1, q_tokens=70, kv_tokens=130, head_dim=64, block=(128, 64)) | changed)
+    with interpret("sm_80"):
+        o, lse = jax.block_until_ready(problem.solve("ampere", scale=scale))
+    expected, expected_lse = problem.solve("reference", scale=scale)
+    assert_close(o, expected, 2e-2 * float(jnp.abs(problem.qkv[2].astype(jnp.float32)).max()))
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-2 if problem.qk == "bf16" else 1e-6)
