@@ -1,13 +1,16 @@
 """The Ampere kernel where inputs are extreme: keys past the end, scales of zero, scores beyond float32's integers."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from problems import Problem, assert_close, bounds
-from test_ampere import TINY, mma_on_a_cpu  # noqa: F401  (a fixture of this module too)
+from test_ampere import REQUEST, TINY, mma_on_a_cpu  # noqa: F401  (a fixture of this module too)
 
 from pallas_kernels import interpret
+from pallas_kernels.block_attention import ampere
 
 
 @pytest.mark.parametrize(
@@ -54,3 +57,13 @@ def test_however_large_the_scores(case):
     expected, expected_lse = problem.solve("reference", scale=scale)
     assert_close(o, expected, 2e-2 * float(jnp.abs(problem.qkv[2].astype(jnp.float32)).max()))
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-2 if problem.qk == "bf16" else 1e-6)
+
+
+def test_the_interpreter_refuses_what_an_output_of_float32_would_hang(monkeypatch):
+    """96 KiB of it, which bfloat16 operands of the same shape stay below."""
+    request = replace(REQUEST, batch=1, heads=1, q_tokens=384, kv_tokens=64, head_dim=64, dtype="bfloat16")
+    monkeypatch.delenv("NPROC")
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    with interpret("sm_80"):
+        assert "needs 4 threads for arrays of 98304 bytes" in str(ampere.why_not(request))
+        assert ampere.why_not(replace(request, q_tokens=256)) is None

@@ -93,7 +93,7 @@ def candidates(request: Request) -> tuple[Tiles, ...]:
 
 def _largest_array(request: Request) -> int:
     """Bytes of the largest array that the kernel reads or writes."""
-    (bq, bk), out = request.block, 4 if request.dtype == "float32" else 2
+    (bq, bk), out = request.block, 4  # of the output's dtype, which a request does not say, at most
     qk, v = padded_dim(request.head_dim, request.qk), padded_dim(request.head_dim)
     rows, keys = -(-request.q_tokens // bq) * bq, -(-request.kv_tokens // bk) * bk
     each = (
