@@ -133,9 +133,9 @@ def test_an_array_of_another_type_or_range_never_reaches_the_kernel(says):
                 call(**{name: array})
 
 
-def test_an_output_that_is_no_float_is_named(says):
+def test_an_output_that_is_none_of_three_floats_is_named(says):
     with interpret():
-        for wrong in (jnp.int8, jnp.float8_e4m3fn):
+        for wrong in (jnp.int8, jnp.float8_e4m3fn, jnp.float64):
             with says("out_dtype", "float32, bfloat16 or float16", jnp.dtype(wrong).name):
                 call(out_dtype=wrong)
 

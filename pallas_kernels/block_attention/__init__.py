@@ -109,7 +109,7 @@ def block_attention(
         )
     if out_dtype is None:
         out_dtype = next(iter(floats.values()), jnp.dtype(jnp.float32))
-    elif not jnp.issubdtype(out_dtype, jnp.floating) or jnp.dtype(out_dtype).itemsize < 2:
+    elif jnp.dtype(out_dtype).name not in _check.FLOATS:
         raise mistake("out_dtype", "None, float32, bfloat16 or float16", str(jnp.dtype(out_dtype)))
     out_dtype = jnp.dtype(out_dtype)
 

@@ -41,7 +41,8 @@ _SMEM = {"sm_80": (166912, 167936), "sm_86": (101376, 102400), "sm_89": (101376,
 DEVICES = tuple(_SMEM)
 _ALIGNED = 1024  # of each buffer
 CHANNELS = 32  # of an integer P @ V that are multiplied at a time
-_MASKED = -(2.0**120)  # an integer score that gives P = 0 at any factor
+_MASKED = -(2.0**120)  # a score that gives P = 0 at any factor not below _SMALLEST
+_SMALLEST = 2.0**-100  # as a factor of scores: their differences are nothing there, nor below
 _LOWEST = -3.4028235e38  # a maximum before the first score: finite, so that a masked score of -inf gives exp2(-inf) = 0
 
 
@@ -92,7 +93,7 @@ def candidates(request: Request) -> tuple[Tiles, ...]:
 
 def _largest_array(request: Request) -> int:
     """Bytes of the largest array that the kernel reads or writes."""
-    (bq, bk), out = request.block, 4 if request.dtype == "float32" else 2
+    (bq, bk), out = request.block, 4  # of the output's dtype, which a request does not say, at most
     qk, v = padded_dim(request.head_dim, request.qk), padded_dim(request.head_dim)
     rows, keys = -(-request.q_tokens // bq) * bq, -(-request.kv_tokens // bk) * bk
     each = (
@@ -462,6 +463,7 @@ class _Call:
                     s = s - MAGIC
                 if "k_row" in gmem:
                     s = s * by_column(gmem["k_row"].at[batch, head, single])
+                    s = s if whole else lax.optimization_barrier(s)  # rounded before the maximum is taken from it
                 if whole:
                     s = s * by_row(factor, s) + by_column(gmem["delta"].at[batch, head, row, single])
                 parts.append(s)
@@ -484,9 +486,10 @@ class _Call:
 
         def exponent(s, top, factor, relative, behind):
             """log2 of P, 1 where scores are `relative`; behind: how far that is above top, None for nothing."""
-            if self.qk == "bf16" or whole:
-                return (s if whole else s * by_row(factor, s)) - by_row(relative, s)
-            x = (s - by_row(top, s)) * by_row(factor, s)  # a difference of integers is exact
+            if whole:
+                return s - by_row(relative, s)
+            # The difference first: of integers it is exact, and a large product less its rounded self is not zero.
+            x = (s - by_row(top, s)) * by_row(factor, s)
             return x if behind is None else x - by_row(behind, x)
 
         def scaled(x, weight):
@@ -544,10 +547,13 @@ class _Call:
 
             slot, start = slot_of(i), tokens(i, block)
             factor = vector(k_block * self.to_log2)
-            factor = factor if q_row is None else factor * q_row
+            factor = jnp.maximum(factor if q_row is None else factor * q_row, _SMALLEST)
             s = masked(scores(slot, start, factor, prefetch), self.kv_tokens - start)
             s_top = reduce(jnp.maximum, s).max(axis=1)
-            block_top = s_top if whole else (s_top - MAGIC if biased else s_top) * factor
+            if self.qk == "bf16":  # all scores of a block may be -inf, whose difference is NaN
+                s_top = jnp.maximum(s_top, _LOWEST)
+            # Rounded, for good: Mosaic lets a product be contracted with the difference below it.
+            block_top = s_top if whole else lax.optimization_barrier((s_top - MAGIC if biased else s_top) * factor)
             new_top = jnp.maximum(top, block_top)
             relative, behind = (block_top, None) if local else (new_top, new_top - block_top)
             p = probabilities(s, s_top, factor, relative, behind)
