@@ -230,6 +230,11 @@ def fma(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
     return inline(fused)(a, b, c)
 
 
+def factors(scales: jax.Array) -> jax.Array:
+    """Scales with next to nothing for 0, under which a key that is masked (-inf, or -2^120) would be a score of 0."""
+    return jnp.where(scales == 0, 2.0**-40, scales)
+
+
 def product_error(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
     """a * b + c, f32, exact where c is a * b rounded and negative: what fma gives, in operations that the CPU has.
 

@@ -92,6 +92,18 @@ def test_as_the_default_both_verbs_choose_alike(tokens, block, layout):
         assert_close(o, np.asarray(expected, np.float32), 2e-2 * largest)
 
 
+@pytest.mark.parametrize("qk", ["int8", "fp8"])
+def test_scales_of_zero_do_not_bring_masked_keys_back(qk):
+    """Zeros that somebody else rounded may have a scale of zero: all scores are then zero, of real keys alone."""
+    problem = Problem(heads=1, q_tokens=9, kv_tokens=70, head_dim=64, qk=qk, pv="int8", mask="ones")
+    scales = {name: problem.operands[name] for name in ("q_scale", "k_scale")}
+    scales = {"q_scale": scales["q_scale"].at[:, :, :4].set(0.0), "k_scale": scales["k_scale"].at[:, :, 1].set(0.0)}
+    with interpret():
+        found = problem.solve("hopper", **scales)
+    for a, b, bound in zip(found, problem.solve("reference", **scales), (2e-2, 1e-2), strict=True):
+        assert_close(a, b, bound)
+
+
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 

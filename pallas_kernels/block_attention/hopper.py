@@ -195,11 +195,11 @@ def _forward(
     by_row = k_scale is not None and k_scale.shape[2] != nk
     q_row = k_row = v_channel = v_block = None
     if q_scale is not None:
-        q_row = _padded(token_scales(q_scale, q_tokens, bq) * f32(to_log2), nq * bq)
+        q_row = _padded(_registers.factors(token_scales(q_scale, q_tokens, bq) * f32(to_log2)), nq * bq)
         to_log2 = 1.0
-    k_block = None if by_row else k_scale
+    k_block = None if by_row or k_scale is None else _registers.factors(k_scale)
     if by_row and k_scale is not None:
-        k_row = _padded(k_scale, nk * bk)
+        k_row = _padded(_registers.factors(k_scale), nk * bk)
     if v_scale is not None:
         v_scale = jnp.pad(v_scale, [(0, 0)] * 3 + [(0, dim - v_scale.shape[3])])
         v_channel, v_block = (v_scale[:, :, 0], None) if v_scale.shape[2] == 1 else (None, v_scale)
