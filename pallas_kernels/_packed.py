@@ -15,7 +15,7 @@ import numpy as np
 from pallas_kernels import _registers
 
 PACKED = "hopper_packed"  # the layout: "hopper" with k and v of width int4 two values to a byte
-UNIT = {"int4": 16.0}  # what 1 is stored as in k and v of either layout; 1 at other widths
+UNIT = {"int4": 16.0}  # what 1 is stored as in either layout; 1 at other widths
 KEYS = 32  # K: keys j and j + 32 of each 64 share bytes. V: channels c and c + D / 2.
 
 

@@ -13,6 +13,13 @@ import numpy as np
 MAGIC = 12582912.0
 MAGIC_BITS = 0x4B400000
 
+# A float16 below the normal ones is a whole number of these, and its bits are that number.
+LEVEL = 2.0**-24
+
+# 2^x for |x| <= 1/2, lowest power first: the cubic of least relative error, 7.5e-5 (Remez).
+_CUBIC = (0.99992806, 0.69326109, 0.24261133, 0.05517132)
+_LEAST = -120.0  # an exponent whose power is 0 in levels, and not yet below the normal numbers
+
 # The keys at 16 positions of the left operand: thread t of four holds scores 2t, 2t+1, 8+2t, 8+2t+1 and packs 4t..4t+3.
 KEY_ORDER = tuple(key for t in range(4) for key in (2 * t, 2 * t + 1, 8 + 2 * t, 8 + 2 * t + 1))
 
@@ -75,10 +82,12 @@ def fence() -> None:
 
 
 def pack(p: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """f32 MAGIC + integer in [0, 127], accumulator's layout -> (int8 in the left operand's, keys by KEY_ORDER; sums).
+    """f32 numbers in units of LEVEL, at most 127 of them, accumulator's layout -> (rounded to int8 in the left operand's
+    layout, keys by KEY_ORDER; sums).
 
-    No value changes its thread: the low bytes of four scores become one register. Sums, f32 [rows, 8]: a row of them
-    adds up to the row's integers; four bytes are added by one instruction.
+    A float16 below 2^-14 is a whole number of LEVELs whose bits are that number: one instruction rounds two scores to
+    integers and puts them side by side. No value changes its thread. Sums, f32 [rows, 8]: a row of them adds up to the
+    row's integers; four bytes are added by one instruction.
     """
     from jax.experimental.mosaic.gpu import fragmented_array as fa
     from jax.experimental.mosaic.gpu import utils as mgpu
@@ -99,12 +108,9 @@ def pack(p: jax.Array) -> tuple[jax.Array, jax.Array]:
         def constant(value: int) -> Any:
             return arith.constant(i32, ir.IntegerAttr.get(i32, value))
 
-        def bits(pair: Any, element: int) -> Any:
-            place = ir.DenseI64ArrayAttr.get([element])
-            return arith.bitcast(i32, vector.extract(pair, dynamic_position=[], static_position=place))
-
-        def bytes_of(low: Any, high: Any, chosen: int) -> Any:
-            return mgpu.prmt(low, high, constant(chosen))
+        def rounded(pair: Any) -> Any:
+            low, high = _elements(pair)
+            return llvm.inline_asm(i32, [high, low], "cvt.rn.f16x2.f32 $0, $1, $2;", "=r,f,f", asm_dialect=0)
 
         def plus_bytes(total: Any, four: Any) -> Any:
             return llvm.inline_asm(
@@ -114,10 +120,8 @@ def pack(p: jax.Array) -> tuple[jax.Array, jax.Array]:
         totals = [constant(MAGIC_BITS)] * target.shape[2]
         for sixteen in range(target.shape[1]):
             for half in range(target.shape[2]):  # of the rows that a thread holds
-                left, right = source[0, 2 * sixteen, half], source[0, 2 * sixteen + 1, half]
-                low = bytes_of(bits(left, 0), bits(left, 1), 0x0040)
-                high = bytes_of(bits(right, 0), bits(right, 1), 0x0040)
-                four = bytes_of(low, high, 0x5410)
+                left, right = (rounded(source[0, 2 * sixteen + i, half]) for i in range(2))
+                four = mgpu.prmt(left, right, constant(0x6420))
                 totals[half] = plus_bytes(totals[half], four)
                 target[0, sixteen, half] = mgpu.bitcast(four, ir.VectorType.get((4,), i8))
         sums = np.empty(fa.WGMMA_LAYOUT.registers_shape((rows, 8)), dtype=object)
@@ -135,59 +139,164 @@ def pack(p: jax.Array) -> tuple[jax.Array, jax.Array]:
     return whole, biased - MAGIC
 
 
+def exp2(x: jax.Array, shared: int, *, interpreted: bool) -> jax.Array:
+    """2^x, f32 [64, columns], accumulator's layout: of each thread's numbers `shared` (an even number) by a cubic.
+
+    The unit of exponentials does 16 a clock, that of multiply-adds 128: a program that waits for the first gives the
+    second some of its work (FlashAttention-4, arXiv 2603.05451). Evenly spread, so that neither waits for the other.
+    """
+    chosen = _spread(x.shape[1] // 4, shared // 2)
+    if interpreted:
+        column = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+        pair = column // 8 * 2 + column % 2
+        cubic = jnp.zeros(x.shape, bool)
+        for place in chosen:
+            cubic = cubic | (pair == place)
+        return jnp.where(cubic, exp2_cubic(x), jnp.exp2(x))
+    if not chosen:
+        return jnp.exp2(x)
+
+    from jax.experimental.mosaic.gpu import fragmented_array as fa
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm, vector
+
+    def powers(ctx: Any, x: Any) -> Any:
+        f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+
+        def constant(value: float) -> Any:
+            return arith.constant(f32, ir.FloatAttr.get(f32, value))
+
+        def fma(a: Any, b: Any, c: Any) -> Any:
+            return llvm.inline_asm(f32, [a, b, c], "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", asm_dialect=0)
+
+        def cubic(x: Any) -> Any:
+            x = arith.maximumf(x, constant(_LEAST))
+            near = arith.addf(x, constant(MAGIC))
+            x = arith.subf(x, arith.subf(near, constant(MAGIC)))
+            power = constant(_CUBIC[3])
+            for coefficient in _CUBIC[2::-1]:
+                power = fma(power, x, constant(coefficient))
+            halvings = arith.shli(arith.bitcast(i32, near), arith.constant(i32, ir.IntegerAttr.get(i32, 23)))
+            return arith.bitcast(f32, arith.addi(arith.bitcast(i32, power), halvings))
+
+        whole = x.exp2(approx=True)
+        registers = whole.registers.copy()
+        pairs, given = (a.reshape(a.shape[0], a.shape[1], -1) for a in (registers, x.registers))
+        for place in chosen:
+            eight, element = divmod(place, 2)
+            for half in range(pairs.shape[2]):
+                both = _elements(pairs[0, eight, half])
+                both[element] = cubic(_elements(given[0, eight, half])[element])
+                pairs[0, eight, half] = vector.from_elements(ir.VectorType.get((2,), f32), both)
+        return fa.FragmentedArray(_registers=pairs.reshape(registers.shape), _layout=x.layout, _is_signed=None)
+
+    layout = mosaic().Layout.WGMMA
+    out = mosaic().ShapeDtypeStruct(x.shape, jnp.float32, layout=layout)
+    inline: Any = mosaic().inline_mgpu(arg_types=(layout,), return_type=out)
+    return inline(powers)(x)
+
+
+def exp2_cubic(x: jax.Array) -> jax.Array:
+    """2^x, f32, by a cubic of what x lacks to a whole number, whose power of two is added to the exponent's bits."""
+    x = jnp.maximum(x, _LEAST)
+    near = x + MAGIC
+    x = x - (near - MAGIC)
+    power = ((_CUBIC[3] * x + _CUBIC[2]) * x + _CUBIC[1]) * x + _CUBIC[0]
+    bits = jax.lax.bitcast_convert_type(power, jnp.int32) + (jax.lax.bitcast_convert_type(near, jnp.int32) << 23)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _spread(places: int, chosen: int) -> tuple[int, ...]:
+    """So many of range(places), evenly spread."""
+    return tuple((2 * i + 1) * places // (2 * chosen) for i in range(chosen))
+
+
 def rescaled(arrays: tuple[jax.Array, ...], old: jax.Array, new: jax.Array) -> tuple[jax.Array, ...]:
     """Each of `arrays` ([64, columns] or [64], accumulator's layout) times 2^(old - new) by row; old, new f32 [64].
 
     Skipped by a warp in which old is new: the same bits as the product, of int32 rounded to nearest.
     """
-    from jax.experimental.mosaic.gpu import fragmented_array as fa
     from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import arith, llvm, scf, vector
+    from jaxlib.mlir.dialects import llvm, vector
 
-    plgpu = mosaic()
-
-    def branch(ctx: Any, *operands: Any) -> Any:
-        *arrays, old, new = operands
+    def faded(arrays: list[Any], old: Any, new: Any) -> list[Any]:
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-
-        def elements(register: Any) -> list[Any]:
-            places = [ir.DenseI64ArrayAttr.get([i]) for i in range(ir.VectorType(register.type).shape[0])]
-            return [vector.extract(register, dynamic_position=[], static_position=place) for place in places]
+        factor = (old - new).exp2(approx=True)
 
         def rounded(register: Any) -> Any:
             whole = [
-                llvm.inline_asm(i32, [e], "cvt.rni.s32.f32 $0, $1;", "=r,f", asm_dialect=0) for e in elements(register)
+                llvm.inline_asm(i32, [e], "cvt.rni.s32.f32 $0, $1;", "=r,f", asm_dialect=0) for e in _elements(register)
             ]
             return vector.from_elements(ir.VectorType.get((len(whole),), i32), whole)
 
-        def scaled(array: Any, factor: Any) -> list[Any]:
+        def scaled(array: Any) -> list[Any]:
             rows = factor.broadcast_in_dim(array.shape, (0,), array.layout) if len(array.shape) == 2 else factor
             if array.mlir_dtype == f32:
                 return list((array * rows).registers.flat)
             return [rounded(register) for register in (array.astype(f32) * rows).registers.flat]
 
-        pairs = [e for x in (old, new) for register in x.registers.flat for e in elements(register)]
-        assert len(pairs) == 4, "a thread holds two rows"
-        some = llvm.inline_asm(  # a vote of the warp; NaN is not equal
+        return [register for array in arrays for register in scaled(array)]
+
+    # NaN is not equal.
+    return _where_any("setp.neu.f32 p, $1, $3; setp.neu.or.f32 p, $2, $4, p;", faded, arrays, (old, new))
+
+
+def within_reach(s: jax.Array, top: jax.Array, product: jax.Array, far: float) -> tuple[jax.Array, ...]:
+    """(s, top, product), or (s - top, 0, 0) in a warp with a row whose |product| > far: differences of what lies close
+    are exact, where a product with them no longer is. s f32 [64, columns], top and product f32 [64].
+    """
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith
+
+    def differences(arrays: list[Any], _: Any) -> list[Any]:
+        s, top, product = arrays
+        less = s - top.broadcast_in_dim(s.shape, (0,), s.layout)
+        kind = ir.VectorType.get((1,), ir.F32Type.get())
+        zero = arith.constant(kind, ir.DenseElementsAttr.get_splat(kind, ir.FloatAttr.get(ir.F32Type.get(), 0.0)))
+        return [*less.registers.flat, *[zero] * (top.registers.size + product.registers.size)]
+
+    bits = f"0f{np.float32(far).view(np.uint32):08X}"
+    vote = (
+        f"{{ .reg .f32 a, b; abs.f32 a, $1; abs.f32 b, $2; setp.gt.f32 p, a, {bits}; setp.gt.or.f32 p, b, {bits}, p; }}"
+    )
+    return _where_any(vote, differences, (s, top, product), (product,))
+
+
+def _where_any(vote: str, then: Any, arrays: tuple[jax.Array, ...], rows: tuple[jax.Array, ...]) -> Any:
+    """then(arrays, *rows)'s registers in warps where a thread's `vote` sets predicate p, else arrays as they are.
+
+    vote: PTX over $1, $2, ..: a thread's two values of each of `rows`. arrays f32 or int32, [64, columns] or [64] in the
+    accumulator's layout.
+    """
+    from jax.experimental.mosaic.gpu import fragmented_array as fa
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm, scf
+
+    plgpu = mosaic()
+
+    def branch(ctx: Any, *operands: Any) -> Any:
+        given, facts = operands[: len(arrays)], operands[len(arrays) :]
+        i32 = ir.IntegerType.get_signless(32)
+        pairs = [e for x in facts for register in x.registers.flat for e in _elements(register)]
+        assert len(pairs) == 2 * len(facts), "a thread holds two rows"
+        some = llvm.inline_asm(
             i32,
             pairs,
-            "{ .reg .pred p, q; setp.neu.f32 p, $1, $3; setp.neu.or.f32 p, $2, $4, p; "
-            "vote.sync.any.pred q, p, 0xffffffff; selp.b32 $0, 1, 0, q; }",
-            "=r,f,f,f,f",
+            f"{{ .reg .pred p, q; {vote} vote.sync.any.pred q, p, 0xffffffff; selp.b32 $0, 1, 0, q; }}",
+            ",".join(["=r", *"f" * len(pairs)]),
             has_side_effects=True,
             asm_dialect=0,
         )
         zero = arith.constant(i32, ir.IntegerAttr.get(i32, 0))
-        registers = [register for array in arrays for register in array.registers.flat]
-        rises = arith.cmpi(arith.CmpIPredicate.ne, some, zero)
-        chosen: Any = scf.IfOp(rises, [register.type for register in registers], has_else=True)
+        registers = [register for array in given for register in array.registers.flat]
+        any_does = arith.cmpi(arith.CmpIPredicate.ne, some, zero)
+        chosen: Any = scf.IfOp(any_does, [register.type for register in registers], has_else=True)
         with ir.InsertionPoint(chosen.then_block):
-            factor = (old - new).exp2(approx=True)
-            scf.yield_([register for array in arrays for register in scaled(array, factor)])
+            scf.yield_(then(list(given), *facts))
         with ir.InsertionPoint(chosen.else_block):
             scf.yield_(registers)
         results, out = list(chosen.results), []
-        for array in arrays:
+        for array in given:
             own, results = results[: array.registers.size], results[array.registers.size :]
             out.append(
                 fa.FragmentedArray(
@@ -203,8 +312,16 @@ def rescaled(arrays: tuple[jax.Array, ...], old: jax.Array, new: jax.Array) -> t
     out = tuple(
         plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout) for x, layout in zip(arrays, layouts, strict=True)
     )
-    inline: Any = plgpu.inline_mgpu(arg_types=(*layouts, row, row), return_type=out)
-    return inline(branch)(*arrays, old, new)
+    inline: Any = plgpu.inline_mgpu(arg_types=(*layouts, *(row for _ in rows)), return_type=out)
+    return inline(branch)(*arrays, *rows)
+
+
+def _elements(register: Any) -> list[Any]:
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import vector
+
+    places = [ir.DenseI64ArrayAttr.get([i]) for i in range(ir.VectorType(register.type).shape[0])]
+    return [vector.extract(register, dynamic_position=[], static_position=place) for place in places]
 
 
 def fma(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:

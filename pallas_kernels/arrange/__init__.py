@@ -75,8 +75,8 @@ def arrange(
     rotate: q and k only; turn the channels by a fixed random-sign Hadamard matrix after the mean, q and k alike.
     layout: "rows", or "hopper", which that attention kernel reads as it is: D padded with zeros to 64, 96, 128 or 256,
     and v below 16 bits with its keys side by side, [B, H, D, N up to whole blocks], those of int8 and int4 in the order
-    `_registers.KEY_ORDER` inside each 16. k and v of width int4 are in the upper halves of their bytes there. Or
-    "hopper_packed": they are two to a byte, k [B, H, 32 ceil(N / 64), D] with keys j and j + 32 of each 64 sharing
+    `_registers.KEY_ORDER` inside each 16. Width int4 is in the upper halves of bytes there. Or
+    "hopper_packed": k and v are two to a byte, k [B, H, 32 ceil(N / 64), D] with keys j and j + 32 of each 64 sharing
     bytes, v [B, H, D / 2, N up to whole blocks] with channels c and c + D / 2, the former in the lower halves. Or
     "ampere": N up to whole blocks, D padded to 64, 96 or 128 (of q and k at int4 not to 96), int8 and int4 v keys side
     by side by `_fragments.key_order`, int4 two to a byte along the last axis.
@@ -181,8 +181,9 @@ def arrange(
 
 
 def stored_rows(values: jax.Array, *, width: str, layout: str, tokens: int, head_dim: int) -> jax.Array:
-    """q or k as `arrange` stores it in any layout -> [B, H, tokens, head_dim], not scaled."""
-    values = unpacked(values) if layout == "ampere" and width == "int4" else values
+    """q as `arrange` stores it in any layout -> [B, H, tokens, head_dim], not scaled."""
+    if width == "int4" and layout != "rows":
+        values = unpacked(values) if layout == "ampere" else values >> 4
     return values[:, :, :tokens, :head_dim]
 
 

@@ -144,7 +144,8 @@ def _forward(options: _Options, x, slots, norm, rope, mean):
     batch, tokens, heads, head_dim = x.shape
     dim = padded_dim(head_dim)
     key_major = layout != "rows" and role == "v" and width != "bf16"
-    form = layout if width == "int4" and (role != "q" or layout == "ampere") else "rows"
+    form = layout if width == "int4" else "rows"
+    form = "hopper" if form == PACKED and role == "q" else form
     if layout == "ampere":
         dim = ampere.padded_dim(head_dim, "bf16" if role == "v" else width)
     (tiles, *_) = candidates(dim, width, group, block, key_major, form == PACKED)

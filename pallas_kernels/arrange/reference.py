@@ -122,9 +122,9 @@ def laid_out(values: jax.Array, role: str, width: str, block: int, layout: str) 
     values = jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, dim - head_dim)))
     if role == "v" and width != "bf16":
         values = _registers.key_major(values, block, permuted=width != "fp8")
-    if role == "q" or width != "int4":
+    if width != "int4":
         return values
-    if layout == "hopper":
+    if layout == "hopper" or role == "q":
         return _packed.upper(values)
     if role == "v":
         return _packed.pack(values, dim // 2)

@@ -29,7 +29,7 @@ from pallas_kernels._check import FLOATS, WIDTHS
 from pallas_kernels._choose import KERNEL_WIDTHS, Request, widths_served
 from pallas_kernels._interpret import interpreted_device, interpreter_would_hang
 from pallas_kernels._packed import PACKED, UNIT
-from pallas_kernels._registers import MAGIC, MAGIC_BITS
+from pallas_kernels._registers import LEVEL, MAGIC, MAGIC_BITS
 from pallas_kernels.block_attention.reference import token_scales
 from pallas_kernels.block_attention.xla import Spec, attend_bwd
 
@@ -38,7 +38,9 @@ BLOCKS = ((64, 64), (128, 64), (128, 128))
 ROWS = 64  # query tokens of one consumer warpgroup: the M of wgmma
 _SMEM = 232448 - 4096  # bytes a program may have, less what barriers and alignment take
 _SUMMED_KEYS = (2**31 - 1) // 127**2  # what an int32 sum of P @ V has room for
-_LARGEST = 2.0**30  # of a score that is multiplied by its own factor
+_CUBICS = {("block", 64): 4, ("block", 96): 2, ("running", 64): 8, ("running", 96): 8}  # at other widths of head: 0
+_UNSETTLED = {"int8": 16, "int4": 4}  # blocks whose MAGIC the output may hold: their sum rounds what stands beside it
+FAR = 2.0**13  # of a score in log2 units: beyond, its float32 is too coarse to subtract others from
 _MASKED_BITS = -0x4800000  # of -2^120, as an int32: a score that gives P = 0 at any factor
 _LOWEST = -3.4028235e38  # a maximum before the first score: finite, so that a masked score of -inf gives exp2(-inf) = 0
 
@@ -49,9 +51,11 @@ class Tiles:
 
     keys: int  # key tokens a step: the block's, or half of them where registers are short
     stages: int  # steps whose K and V are in flight, per list of kept blocks
+    cubics: int = 0  # of a thread's exponentials of a step, which are keys / 2: how many the multiply-add unit does
 
     def __post_init__(self) -> None:
         assert self.keys in (64, 128) and 1 <= self.stages <= 4, f"{self=}"
+        assert self.cubics % 2 == 0 and 0 <= self.cubics <= self.keys // 4, f"{self=}"
 
 
 def why_not(request: Request) -> str | None:
@@ -89,7 +93,9 @@ def candidates(request: Request) -> tuple[Tiles, ...]:
     # A block may be walked in halves only where P is not rounded relative to its block. Without it these spill.
     if request.pv == "bf16" and dim >= 128:
         keys = 64
-    every = (Tiles(keys, stages) for stages in (4, 3, 2, 1))
+    # As many as bring both units to the same time, by the compile report.
+    cubics = _CUBICS.get((request.p_scale, dim), 0) if request.pv in ("int8", "int4") and keys == 128 else 0
+    every = (Tiles(keys, stages, some) for some in dict.fromkeys((cubics, 0)) for stages in (4, 3, 2, 1))
     return tuple(tiles for tiles in every if shared_memory(request, tiles) <= _SMEM)
 
 
@@ -184,11 +190,12 @@ def _forward(
     if layout == "rows":
         q, k, v = (jnp.pad(x, [(0, 0)] * 3 + [(0, dim - head_dim)]) for x in (q, k, v))
         v = v if pv == "bf16" else _registers.key_major(v, bk, permuted=not _staged(pv))
-        k, v = (_packed.upper(x) if width in UNIT else x for x, width in ((k, qk), (v, pv)))
+        q, k, v = (_packed.upper(x) if width in UNIT else x for x, width in ((q, qk), (k, qk), (v, pv)))
     elif pv in ("int8", "int4") and _staged(pv):  # through shared memory keys go in their own order
         v = v.reshape(*v.shape[:3], -1, 16)[..., jnp.argsort(jnp.asarray(_registers.KEY_ORDER))].reshape(v.shape)
-    k_scale, v_scale = (
-        None if scales is None else scales / UNIT.get(width, 1.0) for scales, width in ((k_scale, qk), (v_scale, pv))
+    q_scale, k_scale, v_scale = (
+        None if scales is None else scales / UNIT.get(width, 1.0)
+        for scales, width in ((q_scale, qk), (k_scale, qk), (v_scale, pv))
     )
     # TMA takes tiles of eight rows from whole eights (any length up to eight); added keys are past the end.
     q, k, v = (jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[2] % 8), (0, 0)]) for x in (q, k, v))
@@ -481,6 +488,8 @@ class _Call:
         # Against the running maximum every block's P counts the same levels: wgmma sums them in int32, across blocks.
         local = self.pv != "bf16" and self.p_scale == "block"
         summed = self.pv == "int8" and not local and "v_block" not in smem and self.kv_tokens <= _SUMMED_KEYS
+        # Else MAGIC is left in the output for some steps: how often is a number by row.
+        biased = self.integer_p and not summed and "v_block" not in smem
         row_layout, column_layout = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
         def fetch(source, name, mode=None):
@@ -510,15 +519,23 @@ class _Call:
             x = plgpu.load(ref, layout=column_layout, optimized=False)
             return lax.broadcast_in_dim(x, (ROWS, columns), [1])
 
-        def rescaled(accs, total, old, new):
-            """accs and total, relative to the maxima `new` after `old`."""
+        def rescaled(accs, total, owed, old, new):
+            """accs, total and owed, relative to the maxima `new` after `old`."""
             if not self.interpreted:
-                *accs, total = _registers.rescaled((*accs, total), old, new)
-                return tuple(accs), total
+                *accs, total, owed = _registers.rescaled((*accs, total, owed), old, new)
+                return tuple(accs), total, owed
             fade = jnp.exp2(old - new)
             faded = (acc.astype(jnp.float32) * by_row(fade, chunk) for acc in accs)
             accs = tuple(jnp.round(acc).astype(jnp.int32) if summed else acc for acc in faded)
-            return accs, total * (by_row(fade, 8) if self.integer_p else fade)
+            return accs, total * (by_row(fade, 8) if self.integer_p else fade), owed * fade
+
+        def within_reach(s, top, product):
+            """s, top and top * factor, or differences with top where the product is too large to be near the others."""
+            if not self.interpreted:
+                return _registers.within_reach(s, top, product, FAR)
+            far = jnp.abs(product) > FAR
+            s = jnp.where(by_row(far, keys), s - by_row(top, keys), s)
+            return s, jnp.where(far, 0.0, top), jnp.where(far, 0.0, product)
 
         def product(a, b, start=None):
             """start + a @ b in start's dtype; no start: zeros in f32."""
@@ -577,41 +594,29 @@ class _Call:
             factor = vector(scale) if q_row is None else q_row * scale
             return s, top, factor
 
-        def exponents(s, top, factor, relative, behind):
-            """(x [64, keys], scale [64]): scale * 2^x is P, which is 1 where scores are `relative`, in levels.
+        def exponents(s, top, factor, behind):
+            """(x f32 [64, keys], gained f32 [64]): 2^x is P in levels, of an integer P times LEVEL.
 
-            behind: how far `relative` is above top * factor, None for nothing.
+            P is 1 where a score is `behind` above `top` (None: nothing), but for 2^gained: that row's rounding.
             """
-            # top * factor is rounded and s * factor is not. Of large scores that difference alone would overflow, but
-            # those lie further apart than P can tell, and after a smaller factor too: integers at 64 halvings a unit,
-            # floats where the largest is 2^30.
-            small = jnp.minimum(factor, 64.0 if folded else _LARGEST / jnp.abs(top))
-            lifted = top * small if behind is None else top * small + behind
-            if not self.integer_p:  # its levels ride on the exponent: levels * 2^x = 2^(x + log2 levels)
-                below = jnp.where(small < factor, lifted, relative) - math.log2(levels)
-                return s * by_row(small, keys) - by_row(below, keys), None
-            # `scale` gives back what rounding took: up to one step of s, where MAGIC * factor is subtracted with it.
-            lifted = lax.optimization_barrier(lifted)  # rounded: not to be contracted with the product below
+            height = math.log2(levels * LEVEL) if self.integer_p else math.log2(levels)
+            s, top, reference = within_reach(s, top, top * factor)
+            reference = lax.optimization_barrier((reference if behind is None else reference + behind) - height)
             if self.interpreted:  # a CPU may round the products
-                x = _registers.product_error(s, by_row(small, keys), by_row(-lifted, keys))
-                x = jnp.where(s == -jnp.inf, s, x)
-                gained = _registers.product_error(top, small, -lifted)
-            else:
-                x = s * by_row(small, keys) - by_row(lifted, keys)
-                gained = _registers.fma(top, small, -lifted)
-            gained = gained - math.log2(levels)
-            return x, jnp.exp2(-(gained if behind is None else gained + behind))
+                x = _registers.product_error(s, by_row(factor, keys), by_row(-reference, keys))
+                x = jnp.where(s <= -(2.0**119), s, x)
+                return x, _registers.product_error(top, factor, -reference) - height
+            return s * by_row(factor, keys) - by_row(reference, keys), _registers.fma(top, factor, -reference) - height
 
-        def rounded(p, scale):
-            """scale * P, of an integer P -> (as the product's left operand, its row sums).
+        def rounded(p):
+            """P in levels (of an integer P times LEVEL) -> (rounded, as the product's left operand, its row sums).
 
             Of an integer P, sums of shares [64, 8], so that no thread waits for another.
             """
             if self.integer_p:
-                biased = p * by_row(scale, keys) + MAGIC  # rounds to nearest, half to even
                 if not self.interpreted:
-                    return _registers.pack(biased)
-                p = biased - MAGIC
+                    return _registers.pack(p)
+                p = jnp.round(p / LEVEL)
                 row_sum = p.reshape(ROWS, -1, 8).sum(axis=1)
             short = p.astype(self.pv_dtype)
             if not self.integer_p:
@@ -625,8 +630,12 @@ class _Call:
             plgpu.commit_smem()
             return smem["p"].at[wg], row_sum
 
+        def settled(accs, owed):
+            """The output less the MAGIC that came with each of its blocks, owed times in all."""
+            return tuple(acc - by_row(owed, chunk) * MAGIC for acc in accs), jnp.zeros_like(owed)
+
         def step(i, carry):
-            accs, top, total = carry
+            accs, top, total, owed = carry
             slot = (which * stages if own_list else 0) + lax.rem(i, jnp.array(stages, i.dtype))
             plgpu.barrier_wait(bars["k"].at[slot])
             s, s_top, factor = scores(slot)
@@ -634,11 +643,11 @@ class _Call:
             block_top = lax.optimization_barrier((s_top - MAGIC if folded else s_top) * factor)
             new_top = jnp.maximum(top, block_top)
             # A block 128 halvings behind has P = 0, like one further behind.
-            relative, behind = (block_top, None) if local else (new_top, jnp.minimum(new_top - block_top, 128.0))
-            x, scale = exponents(s, s_top, factor, relative, behind)
-            p, row_sum = rounded(jnp.exp2(x), scale)
-            accs, total = rescaled(accs, total, top, new_top)
-            weight = jnp.exp2(relative - new_top) if local else None
+            behind = None if local else jnp.minimum(new_top - block_top, 128.0)
+            x, gained = exponents(s, s_top, factor, behind)
+            p, row_sum = rounded(_registers.exp2(x, self.tiles.cubics, interpreted=self.interpreted))
+            accs, total, owed = rescaled(accs, total, owed, top, new_top)
+            weight = jnp.exp2(block_top - new_top - gained) if local else None
             total = total + scaled(row_sum, weight)
             plgpu.barrier_wait(bars["v"].at[slot])
             v = smem["v"].at[slot]
@@ -650,7 +659,12 @@ class _Call:
             else:
                 accs = tuple(acc + scaled(block_out(p, v, slot, n * chunk), weight) for n, acc in enumerate(accs))
             release("v_free", slot, read="v_block" in smem)
-            return accs, new_top, total
+            if biased:
+                owed, often = owed + (1.0 if weight is None else weight), _UNSETTLED[self.pv]
+                accs, owed = lax.cond(
+                    lax.rem(i, jnp.array(often, i.dtype)) == often - 1, settled, lambda *x: x, accs, owed
+                )
+            return accs, new_top, total, owed
 
         def scaled(x, weight):
             """x times weight by row; no weight is 1."""
@@ -664,13 +678,14 @@ class _Call:
             start = matrix(chunk, MAGIC_BITS, jnp.int32) if self.integer_p else None
             o = product(p, v.at[channels].transpose((1, 0)), start)
             if self.integer_p:
-                o = lax.bitcast_convert_type(o, jnp.float32) - MAGIC
+                o = lax.bitcast_convert_type(o, jnp.float32) - (0.0 if biased else MAGIC)
             return o * by_column(smem["v_block"].at[slot, channels], chunk) if "v_block" in smem else o
 
         zero = (0, jnp.int32) if summed else (0.0, jnp.float32)
         zeros = tuple(matrix(chunk, *zero) for _ in range(self.dim // chunk))
         nothing = matrix(8, 0.0) if self.integer_p else vector(0.0)
-        accs, top, total = lax.fori_loop(0, steps, step, (zeros, vector(_LOWEST), nothing))
+        accs, top, total, owed = lax.fori_loop(0, steps, step, (zeros, vector(_LOWEST), nothing, vector(0.0)))
+        accs = settled(accs, owed)[0] if biased else accs
         total = total.sum(axis=1) if self.integer_p else total
 
         some = total != 0  # NaN stays NaN
