@@ -82,12 +82,11 @@ def fence() -> None:
 
 
 def pack(p: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """f32 numbers in units of LEVEL, at most 127 of them, accumulator's layout -> (rounded to int8 in the left operand's
-    layout, keys by KEY_ORDER; sums).
+    """f32 numbers of LEVELs, at most 127, accumulator's layout -> (int8 in the left operand's, keys by KEY_ORDER; sums).
 
     A float16 below 2^-14 is a whole number of LEVELs whose bits are that number: one instruction rounds two scores to
-    integers and puts them side by side. No value changes its thread. Sums, f32 [rows, 8]: a row of them adds up to the
-    row's integers; four bytes are added by one instruction.
+    integers and puts them side by side. No value changes its thread. Sums, f32 [rows], are each thread's own, by one
+    instruction for four bytes: a row's four threads differ, until `over_threads` adds them up.
     """
     from jax.experimental.mosaic.gpu import fragmented_array as fa
     from jax.experimental.mosaic.gpu import utils as mgpu
@@ -96,7 +95,7 @@ def pack(p: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     plgpu = mosaic()
     rows, columns = p.shape
-    sums = plgpu.ShapeDtypeStruct((rows, 8), jnp.float32, layout=plgpu.Layout.WGMMA)
+    sums = plgpu.ShapeDtypeStruct((rows,), jnp.float32, layout=plgpu.Layout.WGMMA.reduce(1))
     out = plgpu.ShapeDtypeStruct((rows, columns), jnp.int8, layout=plgpu.Layout.WGMMA_8BIT)
 
     def packed(ctx: Any, p: Any) -> Any:
@@ -124,11 +123,7 @@ def pack(p: jax.Array) -> tuple[jax.Array, jax.Array]:
                 four = mgpu.prmt(left, right, constant(0x6420))
                 totals[half] = plus_bytes(totals[half], four)
                 target[0, sixteen, half] = mgpu.bitcast(four, ir.VectorType.get((4,), i8))
-        sums = np.empty(fa.WGMMA_LAYOUT.registers_shape((rows, 8)), dtype=object)
-        for half, total in enumerate(totals):
-            pair = [arith.bitcast(f32, x) for x in (total, constant(MAGIC_BITS))]
-            sums.reshape(-1)[half] = vector.from_elements(ir.VectorType.get((2,), f32), pair)
-        biased = fa.FragmentedArray(_registers=sums, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
+        biased = _by_row(rows, [arith.bitcast(f32, total) for total in totals])
         whole = fa.FragmentedArray(
             _registers=target.reshape(registers.shape), _layout=fa.WGMMA_LAYOUT_8BIT, _is_signed=True
         )
@@ -137,6 +132,39 @@ def pack(p: jax.Array) -> tuple[jax.Array, jax.Array]:
     inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=(out, sums))
     whole, biased = inline(packed)(p)
     return whole, biased - MAGIC
+
+
+def over_threads(x: jax.Array, *, interpreted: bool) -> jax.Array:
+    """Row sums f32 [rows] of `pack`, added over the four threads that share a row."""
+    if interpreted:
+        return x
+
+    from jax.experimental.mosaic.gpu import utils as mgpu
+    from jaxlib.mlir.dialects import arith
+
+    def add(ctx: Any, x: Any) -> Any:
+        sums = [_elements(register)[0] for register in x.registers.flat]
+        for distance in (1, 2):
+            sums = [arith.addf(one, mgpu.shfl_bfly(one, distance)) for one in sums]
+        return _by_row(x.shape[0], sums)
+
+    row = mosaic().Layout.WGMMA.reduce(1)
+    inline: Any = mosaic().inline_mgpu(
+        arg_types=(row,), return_type=mosaic().ShapeDtypeStruct(x.shape, x.dtype, layout=row)
+    )
+    return inline(add)(x)
+
+
+def _by_row(rows: int, numbers: list[Any]) -> Any:
+    """f32 [rows] of a thread's two numbers."""
+    from jax.experimental.mosaic.gpu import fragmented_array as fa
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import vector
+
+    kind = ir.VectorType.get((1,), ir.F32Type.get())
+    registers = np.empty(fa.WGMMA_ROW_LAYOUT.registers_shape((rows,)), dtype=object)
+    registers.flat[:] = [vector.from_elements(kind, [number]) for number in numbers]
+    return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_ROW_LAYOUT, _is_signed=None)
 
 
 def exp2(x: jax.Array, shared: int, *, interpreted: bool) -> jax.Array:
@@ -211,11 +239,20 @@ def _spread(places: int, chosen: int) -> tuple[int, ...]:
     return tuple((2 * i + 1) * places // (2 * chosen) for i in range(chosen))
 
 
-def rescaled(arrays: tuple[jax.Array, ...], old: jax.Array, new: jax.Array) -> tuple[jax.Array, ...]:
+def rescaled(
+    arrays: tuple[jax.Array, ...], old: jax.Array, new: jax.Array, *, interpreted: bool
+) -> tuple[jax.Array, ...]:
     """Each of `arrays` ([64, columns] or [64], accumulator's layout) times 2^(old - new) by row; old, new f32 [64].
 
     Skipped by a warp in which old is new: the same bits as the product, of int32 rounded to nearest.
     """
+    if interpreted:
+        fade = jnp.exp2(old - new)
+        scaled = [x.astype(jnp.float32) * (fade[:, None] if x.ndim == 2 else fade) for x in arrays]
+        return tuple(
+            jnp.round(y).astype(x.dtype) if x.dtype == jnp.int32 else y for x, y in zip(arrays, scaled, strict=True)
+        )
+
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import llvm, vector
 
@@ -241,25 +278,31 @@ def rescaled(arrays: tuple[jax.Array, ...], old: jax.Array, new: jax.Array) -> t
     return _where_any("setp.neu.f32 p, $1, $3; setp.neu.or.f32 p, $2, $4, p;", faded, arrays, (old, new))
 
 
-def within_reach(s: jax.Array, top: jax.Array, product: jax.Array, far: float) -> tuple[jax.Array, ...]:
-    """(s, top, product), or (s - top, 0, 0) in a warp with a row whose |product| > far: differences of what lies close
-    are exact, where a product with them no longer is. s f32 [64, columns], top and product f32 [64].
+def within_reach(
+    s: jax.Array, top: jax.Array, size: jax.Array, far: float, *, interpreted: bool
+) -> tuple[jax.Array, jax.Array]:
+    """(s, top), or (s - top, 0) by row where |size| > far (in a warp, where any row's is): differences of what lies
+    close are exact, where a product with them no longer is. s f32 [64, columns], top and size f32 [64].
     """
+    if interpreted:
+        beyond = jnp.abs(size) > far
+        return jnp.where(beyond[:, None], s - top[:, None], s), jnp.where(beyond, 0.0, top)
+
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import arith
 
     def differences(arrays: list[Any], _: Any) -> list[Any]:
-        s, top, product = arrays
+        s, top = arrays
         less = s - top.broadcast_in_dim(s.shape, (0,), s.layout)
         kind = ir.VectorType.get((1,), ir.F32Type.get())
         zero = arith.constant(kind, ir.DenseElementsAttr.get_splat(kind, ir.FloatAttr.get(ir.F32Type.get(), 0.0)))
-        return [*less.registers.flat, *[zero] * (top.registers.size + product.registers.size)]
+        return [*less.registers.flat, *[zero] * top.registers.size]
 
     bits = f"0f{np.float32(far).view(np.uint32):08X}"
     vote = (
         f"{{ .reg .f32 a, b; abs.f32 a, $1; abs.f32 b, $2; setp.gt.f32 p, a, {bits}; setp.gt.or.f32 p, b, {bits}, p; }}"
     )
-    return _where_any(vote, differences, (s, top, product), (product,))
+    return _where_any(vote, differences, (s, top), (size,))
 
 
 def _where_any(vote: str, then: Any, arrays: tuple[jax.Array, ...], rows: tuple[jax.Array, ...]) -> Any:
@@ -324,8 +367,14 @@ def _elements(register: Any) -> list[Any]:
     return [vector.extract(register, dynamic_position=[], static_position=place) for place in places]
 
 
-def fma(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
+def fma(a: jax.Array, b: jax.Array, c: jax.Array, *, interpreted: bool) -> jax.Array:
     """a * b + c, f32 [rows], rounded once."""
+    if interpreted:  # the rest of the product and that of the sum (Knuth's two-sum), exact both
+        rest = product_error(a, b, -(a * b))
+        whole = a * b + c
+        back = whole - a * b
+        return whole + (((a * b - (whole - back)) + (c - back)) + rest)
+
     from jax.experimental.mosaic.gpu import fragmented_array as fa
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import llvm, vector

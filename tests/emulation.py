@@ -53,9 +53,9 @@ def integers(problem: Problem, cubics: int, **changed) -> tuple[np.ndarray, np.n
             own = f32((largest - MAGIC) * factor)
             rising = max(top, own)
             behind = 0.0 if problem.p_scale == "block" else min(f32(rising - own), 128.0)
-            if abs(f32(largest * factor)) > hopper.FAR:
+            if factor > f32(hopper.FAR / MAGIC):
                 s, largest = s - largest, 0.0
-            reference = np.float64(f32(f32(f32(largest * factor) + f32(behind)) - f32(height)))
+            reference = np.float64(f32(largest * factor + np.float64(f32(f32(behind) - f32(height)))))
             x = (s * factor - reference).astype(f32).astype(np.float64)
             p = np.rint(np.where(by_cubic[: len(x)], cubic(np.maximum(x, -120)), np.exp2(x)) / LEVEL)
             gained = largest * factor - reference - height

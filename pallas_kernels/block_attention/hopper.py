@@ -15,6 +15,7 @@ int4 is values on a 4-bit grid through the int8 unit; in layout "hopper_packed" 
 fetching warpgroup unpacks them on their way.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,7 @@ from pallas_kernels._choose import KERNEL_WIDTHS, Request, widths_served
 from pallas_kernels._interpret import interpreted_device, interpreter_would_hang
 from pallas_kernels._packed import PACKED, UNIT
 from pallas_kernels._registers import LEVEL, MAGIC, MAGIC_BITS
+from pallas_kernels.block_attention import _work
 from pallas_kernels.block_attention.reference import token_scales
 from pallas_kernels.block_attention.xla import Spec, attend_bwd
 
@@ -39,8 +41,8 @@ ROWS = 64  # query tokens of one consumer warpgroup: the M of wgmma
 _SMEM = 232448 - 4096  # bytes a program may have, less what barriers and alignment take
 _SUMMED_KEYS = (2**31 - 1) // 127**2  # what an int32 sum of P @ V has room for
 _CUBICS = {("block", 64): 4, ("block", 96): 2, ("running", 64): 8, ("running", 96): 8}  # at other widths of head: 0
-_UNSETTLED = {"int8": 16, "int4": 4}  # blocks whose MAGIC the output may hold: their sum rounds what stands beside it
 FAR = 2.0**13  # of a score in log2 units: beyond, its float32 is too coarse to subtract others from
+_NOBODYS, _NO_MORE = -1, -2  # instead of a number of steps: a list without a query block, no item any more
 _MASKED_BITS = -0x4800000  # of -2^120, as an int32: a score that gives P = 0 at any factor
 _LOWEST = -3.4028235e38  # a maximum before the first score: finite, so that a masked score of -inf gives exp2(-inf) = 0
 
@@ -52,10 +54,11 @@ class Tiles:
     keys: int  # key tokens a step: the block's, or half of them where registers are short
     stages: int  # steps whose K and V are in flight, per list of kept blocks
     cubics: int = 0  # of a thread's exponentials of a step, which are keys / 2: how many the multiply-add unit does
+    queries: int = 1  # items whose queries are held: with 2, the next one's come while this one is computed
 
     def __post_init__(self) -> None:
         assert self.keys in (64, 128) and 1 <= self.stages <= 4, f"{self=}"
-        assert self.cubics % 2 == 0 and 0 <= self.cubics <= self.keys // 4, f"{self=}"
+        assert self.cubics % 2 == 0 and 0 <= self.cubics <= self.keys // 4 and self.queries in (1, 2), f"{self=}"
 
 
 def why_not(request: Request) -> str | None:
@@ -95,8 +98,12 @@ def candidates(request: Request) -> tuple[Tiles, ...]:
         keys = 64
     # As many as bring both units to the same time, by the compile report.
     cubics = _CUBICS.get((request.p_scale, dim), 0) if request.pv in ("int8", "int4") and keys == 128 else 0
-    every = (Tiles(keys, stages, some) for some in dict.fromkeys((cubics, 0)) for stages in (4, 3, 2, 1))
-    return tuple(tiles for tiles in every if shared_memory(request, tiles) <= _SMEM)
+    fitting = []
+    for some, stages in itertools.product(dict.fromkeys((cubics, 0)), (4, 3, 2, 1)):
+        tiles = (Tiles(keys, stages, some, queries) for queries in (2, 1))
+        fitting += list(filter(lambda tiles: shared_memory(request, tiles) <= _SMEM, tiles))[:1]
+    # Two steps in flight before two items' queries.
+    return tuple(sorted(fitting, key=lambda tiles: (tiles.cubics != cubics, tiles.stages < 2, tiles.queries < 2)))
 
 
 def padded_dim(head_dim: int) -> int:
@@ -115,7 +122,8 @@ def shared_memory(request: Request, tiles: Tiles) -> int:
     qk, pv = (2 if width == "bf16" else 1 for width in (request.qk, request.pv))
     out = 4 if request.dtype == "float32" else 2
     stage = tiles.keys * dim * (qk + pv) + 16 + 4 * tiles.keys + 4 * dim  # K, V, facts, and scales by key and channel
-    rows = 2 * ROWS * (dim * qk + out_channels(dim, out) * out + 12) + 8 * dim  # q, output, slots, scales, log-sum-exp
+    rows = 2 * ROWS * (out_channels(dim, out) * out + 4)  # output, log-sum-exp
+    rows += tiles.queries * (2 * ROWS * (dim * qk + 8) + 4 * dim)  # q, slots, scales
     p = 2 * ROWS * tiles.keys * pv if request.pv == "fp8" else 0  # the interpreter stages every P and has no limit
     stage += len(packed(request.qk, request.pv, request.layout)) * tiles.keys * dim // 2
     return lists(request.block) * tiles.stages * stage + rows + p
@@ -213,18 +221,25 @@ def _forward(
     if slots is None:
         slots = jnp.broadcast_to(jnp.arange(q_tokens, dtype=jnp.int32), (heads, q_tokens))
     slots = _padded(jnp.clip(slots, 0, q_tokens - 1), nq * bq)
-    # Longest rows first: they start first, and two rows that share a program end together.
-    rows = jnp.argsort(-count, axis=1, stable=True).astype(jnp.int32)
+    head_bytes = 2 * kv_tokens * dim * max(k.dtype.itemsize, v.dtype.itemsize)
+    rows, items = _work.in_order(jnp.clip(count, 0, nk), batch, lists(block), head_bytes)
 
     call = _Call(
         batch, heads, q_tokens, kv_tokens, dim, block, to_log2, qk, pv, p_scale, out_dtype, tiles,
         qk_dtype=q.dtype, pv_dtype=v.dtype, packed=packed(qk, pv, layout), interpreted=interpreted_device() is not None,
     )  # fmt: skip
-    arrays = dict(rows=rows, count=count, index=index, slots=slots, q=q, k=k, v=v, q_row=q_row, k_block=k_block,
+    arrays = dict(counters=_work.counters(q), items=items, rows=rows, count=count, index=index, slots=slots, q=q, k=k, v=v, q_row=q_row, k_block=k_block,
                   k_row=k_row, v_channel=v_channel, v_block=v_block)  # fmt: skip
     o, lse = call.run({name: array for name, array in arrays.items() if array is not None})
     o, lse, _ = _check.share_mesh_axes(o, lse, q)  # Mosaic's results say nothing about a mesh
     return o[..., :head_dim], _permute.to_model(lse[:, :, :q_tokens, None], slots[:, :q_tokens])[..., 0]
+
+
+def _modulo(number: Any, ring: int) -> Any:
+    """A number of steps, not negative, modulo a ring's length: of powers of two one instruction, if one says so."""
+    if ring & (ring - 1) == 0:
+        return number & (ring - 1)
+    return lax.rem(number, jnp.array(ring, number.dtype))
 
 
 def _padded(x: jax.Array, length: int) -> jax.Array:
@@ -302,14 +317,16 @@ class _Call:
         def plain(*shape, dtype=jnp.float32):
             return plgpu.SMEM(shape, dtype)
 
-        ring = walks * stages
+        ring, queries = walks * stages, self.tiles.queries
         v_shape = (ring, keys, dim) if self.pv == "bf16" else (ring, dim, keys)
         scratch = dict(
-            q=tiled((2, ROWS, dim), self.qk_dtype),
+            drawn=plain(1, dtype=jnp.int32),
+            item=plain(queries, 2 + 2 * walks, dtype=jnp.int32),  # its head, batch entry, query blocks and their steps
+            q=tiled((2 * queries, ROWS, dim), self.qk_dtype),
             k=tiled((ring, keys, dim), self.qk_dtype),
             v=tiled(v_shape, self.pv_dtype),
             facts=plain(ring, 2),  # of a step's keys: their block's scale, and how many are real
-            slots=plain(2, ROWS, dtype=jnp.int32),
+            slots=plain(2 * queries, ROWS, dtype=jnp.int32),
             # Tiles of one row are plain rows: what the copies of single rows below need to be told.
             o=plgpu.SMEM((2, ROWS, width), self.out_dtype, transforms=(plgpu.TilingTransform((1, width)),)),
             lse=plain(2, ROWS),
@@ -319,18 +336,18 @@ class _Call:
         if _staged(self.pv):
             scratch["p"] = tiled((2, ROWS, keys), self.pv_dtype)
         if "q_row" in arrays:
-            scratch["q_row"] = plain(2, ROWS)
+            scratch["q_row"] = plain(2 * queries, ROWS)
         if "k_row" in arrays:
             scratch["k_row"] = plain(ring, keys)
         if "v_channel" in arrays:
-            scratch["v_channel"] = plain(2, dim)
+            scratch["v_channel"] = plain(queries, dim)
         if "v_block" in arrays:
             scratch["v_block"] = plain(ring, dim)
         readers = 2 // walks
         barriers = dict(
-            q=plgpu.Barrier(
-                num_arrivals=sum(name in scratch for name in ("q", "slots", "q_row", "v_channel")), num_barriers=2
-            ),
+            item=plgpu.Barrier(num_barriers=queries),
+            item_free=plgpu.Barrier(num_arrivals=2, num_barriers=queries),
+            q=plgpu.Barrier(num_arrivals=4 + 2 * ("q_row" in scratch) + ("v_channel" in scratch), num_barriers=queries),
             k=plgpu.Barrier(num_arrivals=1 + ("k" not in self.packed) + ("k_row" in scratch), num_barriers=ring),
             v=plgpu.Barrier(num_arrivals=1 + ("v_block" in scratch), num_barriers=ring),
             k_free=plgpu.Barrier(num_arrivals=readers, num_barriers=ring),
@@ -354,22 +371,16 @@ class _Call:
                 jax.ShapeDtypeStruct((self.batch, self.q_tokens, self.heads, dim), self.out_dtype),
                 jax.ShapeDtypeStruct((self.batch, self.heads, nq * self.block[0]), jnp.float32),
             ),
-            grid=(self.heads, -(-nq // walks), self.batch),
-            grid_names=("head", "program", "batch"),
+            grid=(self.programs(arrays["items"]),),
+            grid_names=("program",),
             num_threads=3,
             thread_name="wg",
             compiler_params=plgpu.CompilerParams(approx_math=True),
         )
         return call(*arrays.values())
 
-    def walk(self, gmem: dict, which: Any) -> tuple[Any, Any]:
-        """(query block, steps) of list `which` of this program; 0 steps where there is no such query block."""
-        head, program = lax.axis_index("head"), lax.axis_index("program")
-        nq, nk = self.shape(gmem)
-        place = program * lists(self.block) + which
-        row = gmem["rows"][head, jnp.minimum(place, nq - 1)]
-        count = jnp.clip(gmem["count"][head, row], 0, nk)
-        return row, jnp.where(place < nq, count, 0) * self.parts
+    def programs(self, items: Any) -> int:
+        return _work.programs(items.shape[0], interpreted=self.interpreted)
 
     def shape(self, gmem: dict) -> tuple[int, int]:
         """(query blocks, key blocks)"""
@@ -381,22 +392,69 @@ class _Call:
 
         plgpu = _registers.mosaic()
         plgpu.set_max_registers(40, action="decrease")
-        head, batch = lax.axis_index("head"), lax.axis_index("batch")
-        nk = self.shape(gmem)[1]
-        walks, stages, keys, parts = lists(self.block), self.tiles.stages, self.tiles.keys, self.parts
-        rows, steps = zip(*(self.walk(gmem, which) for which in range(walks)), strict=True)
+        (nq, nk), walks, programs = self.shape(gmem), lists(self.block), self.programs(gmem["items"])
+        places, queries = -(-nq // walks), self.tiles.queries
+
+        def draw(turn):
+            """(head, batch entry, query blocks, steps) of this program's next item, which the consumers are told."""
+            held = _modulo(turn, queries)
+            pl.when(turn >= queries)(lambda: plgpu.barrier_wait(bars["item_free"].at[held]))
+            number = _work.draw(gmem["counters"], smem["drawn"], turn, programs, interpreted=self.interpreted)
+            items = gmem["items"].shape[0]
+            code = gmem["items"][jnp.minimum(number, items - 1)]
+            head, batch, place = code // (places * self.batch), lax.rem(code // places, self.batch), lax.rem(code, places)
+            order = [place * walks + which for which in range(walks)]
+            rows = tuple(gmem["rows"][head, jnp.minimum(n, nq - 1)] for n in order)
+            steps = tuple(jnp.clip(gmem["count"][head, row], 0, nk) * self.parts for row in rows)
+            # An odd number of lists leaves one over: nobody's.
+            steps = tuple(jnp.where(n < nq, some, _NOBODYS) for n, some in zip(order, steps, strict=True))
+            steps = tuple(jnp.where(number < items, some, _NO_MORE) for some in steps)
+            for n, fact in enumerate((head, batch, *rows, *steps)):
+                smem["item"][held, n] = fact
+            plgpu.barrier_arrive(bars["item"].at[held])
+            return head, batch, rows, steps
+
+        def one(carry):
+            turn, done, (head, batch, rows, steps) = carry
+            steps = tuple(jnp.maximum(some, 0) for some in steps)
+            self.feed(gmem, smem, bars, turn, done, head, batch, rows, steps)
+            return turn + 1, tuple(a + b for a, b in zip(done, steps, strict=True)), draw(turn + 1)
+
+        start = jnp.int32(0), (jnp.int32(0),) * walks, draw(jnp.int32(0))
+        turns, steps, _ = lax.while_loop(lambda carry: carry[2][3][0] > _NO_MORE, one, start)
+        _work.done(gmem["counters"], programs, interpreted=self.interpreted)
+
+        # No barrier may be left with an arrival that nobody waited for.
+        def drain(ring, names, first, step, _):
+            slot = first + _modulo(step, ring)
+            for name in names:
+                plgpu.barrier_wait(bars[name].at[slot])
+
+        stages = self.tiles.stages
+        for which in range(walks):
+            last = partial(drain, stages, ("k_free", "v_free"), which * stages)
+            lax.fori_loop(jnp.maximum(steps[which] - stages, 0), steps[which], last, None)
+        last = partial(drain, queries, ("item_free",), 0)
+        lax.fori_loop(jnp.maximum(turns + 1 - queries, 0), turns, last, None)
+
+    def feed(self, gmem: dict, smem: dict, bars: dict, turn, done, head, batch, rows, steps) -> None:
+        """One item's queries, then K and V of its kept blocks. done: steps of each list before this item's."""
+        from jax.experimental import pallas as pl
+
+        plgpu = _registers.mosaic()
+        nk, walks = self.shape(gmem)[1], lists(self.block)
+        stages, keys, parts, queries = self.tiles.stages, self.tiles.keys, self.parts, self.tiles.queries
 
         def listed(which, step):
             """The key block of a step, wherever the index points: clamped, so nothing outside K and V is ever read."""
             entry = jnp.minimum(step // parts, nk - 1) if parts > 1 else jnp.minimum(step, nk - 1)
             return jnp.clip(gmem["index"][head, rows[which], entry], 0, nk - 1)
 
-        def copy(source, name, slot, barrier):
-            plgpu.copy_gmem_to_smem(source, smem[name].at[slot], bars[barrier].at[slot])
+        def copy(source, name, slot, barrier, number=None, mode=None):
+            number = slot if number is None else number
+            plgpu.copy_gmem_to_smem(source, smem[name].at[slot], bars[barrier].at[number], oob_mode=mode)
 
-        def small(source, name, slot, barrier):
-            inside = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
-            plgpu.copy_gmem_to_smem(source, smem[name].at[slot], bars[barrier].at[slot], oob_mode=inside)
+        small = partial(copy, mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
         def unpack(name, slot, half):
             plgpu.barrier_wait(bars[f"{name}_packed"].at[slot])
@@ -404,8 +462,8 @@ class _Call:
 
         def place(which, step, block):
             """(stage, step's number among the parts of key blocks, its key tokens)"""
-            slot = which * stages + lax.rem(step, jnp.array(stages, step.dtype))
-            part = block * parts + lax.rem(step, jnp.array(parts, step.dtype)) if parts > 1 else block
+            slot = which * stages + _modulo(done[which] + step, stages)
+            part = block * parts + _modulo(step, parts) if parts > 1 else block
             return slot, part, pl.ds(part * keys, keys)
 
         def fetch(which, step, block):
@@ -420,7 +478,8 @@ class _Call:
         def load(which, step, block):
             slot, part, tokens = place(which, step, block)
             scale = gmem["k_block"][batch, head, block] if "k_block" in gmem else 1.0
-            pl.when(step >= stages)(lambda: plgpu.barrier_wait(bars["k_free"].at[slot]))
+            again = done[which] + step >= stages
+            pl.when(again)(lambda: plgpu.barrier_wait(bars["k_free"].at[slot]))
             if "k_row" in smem:
                 small(gmem["k_row"].at[batch, head, tokens], "k_row", slot, "k")
             if "k" not in self.packed:
@@ -431,7 +490,7 @@ class _Call:
             if "k" in self.packed:
                 unpack("k", slot, _packed.KEYS)
             plgpu.barrier_arrive(bars["k"].at[slot])
-            pl.when(step >= stages)(lambda: plgpu.barrier_wait(bars["v_free"].at[slot]))
+            pl.when(again)(lambda: plgpu.barrier_wait(bars["v_free"].at[slot]))
             if "v_block" in smem:
                 small(gmem["v_block"].at[batch, head, block], "v_block", slot, "v")
             if "v" in self.packed:
@@ -441,6 +500,16 @@ class _Call:
                 copy(gmem["v"].at[batch, head, tokens], "v", slot, "v")
             else:
                 copy(gmem["v"].at[batch, head, :, tokens], "v", slot, "v")
+
+        held = _modulo(turn, queries)
+        for half in range(2):
+            tokens = pl.ds(self.first_token(rows, half), ROWS)
+            copy(gmem["q"].at[batch, head, tokens], "q", 2 * held + half, "q", held)
+            small(gmem["slots"].at[head, tokens], "slots", 2 * held + half, "q", held)
+            if "q_row" in smem:
+                small(gmem["q_row"].at[batch, head, tokens], "q_row", 2 * held + half, "q", held)
+        if "v_channel" in smem:
+            small(gmem["v_channel"].at[batch, head], "v_channel", held, "q")
 
         # The next entries are read before a step waits, so their latency is hidden.
         far = (0, stages) if self.packed else (0,)
@@ -463,49 +532,53 @@ class _Call:
             0, longest, advance, tuple([listed(which, jnp.int32(more)) for more in far] for which in range(walks))
         )
 
-        def drain(which, step, _):
-            slot = which * stages + lax.rem(step, jnp.array(stages, step.dtype))
-            plgpu.barrier_wait(bars["k_free"].at[slot])
-            plgpu.barrier_wait(bars["v_free"].at[slot])
-
-        for which in range(walks):  # no barrier may be left with an arrival that nobody waited for
-            lax.fori_loop(jnp.maximum(steps[which] - stages, 0), steps[which], partial(drain, which), None)
+    def first_token(self, rows: Any, half: int) -> Any:
+        """Of 64 query tokens, of the query block that both consumers share or of each one's own."""
+        return rows[half] * self.block[0] if len(rows) == 2 else rows[0] * self.block[0] + half * ROWS
 
     def consumer(self, gmem: dict, smem: dict, bars: dict) -> None:
-        """64 query tokens of one query block: online softmax over its kept blocks, then the output, row by row."""
+        """Its half of one item after another, as the producer draws them."""
+        plgpu = _registers.mosaic()
+        plgpu.set_max_registers(232, action="increase")
+        walks, wg = lists(self.block), lax.axis_index("wg")
+        which = wg if walks == 2 else jnp.int32(0)
+
+        def told(turn):
+            """Steps of this program's turn-th item."""
+            held = _modulo(turn, self.tiles.queries)
+            plgpu.barrier_wait(bars["item"].at[held])
+            return smem["item"][held, 2 + walks + which]
+
+        def one(carry):
+            turn, done, steps = carry
+            done = self.attend(gmem, smem, bars, turn, which, done, done + jnp.maximum(steps, 0))
+            return turn + 1, done, told(turn + 1)
+
+        start = jnp.int32(0)
+        lax.while_loop(lambda carry: carry[2] > _NO_MORE, one, (start, start, told(start)))
+        plgpu.wait_smem_to_gmem(0)
+
+    def attend(self, gmem: dict, smem: dict, bars: dict, turn, which, start, end) -> Any:
+        """64 query tokens of one query block: online softmax over its kept blocks, then the output, row by row.
+
+        which: of the lists; start, end: of its steps, counted from the program's first. What only the end needs is read
+        there: while the blocks are walked every register counts. Returns `end`.
+        """
         from jax.experimental import pallas as pl
 
         plgpu = _registers.mosaic()
-        plgpu.set_max_registers(232, action="increase")
-        head, batch, wg = lax.axis_index("head"), lax.axis_index("batch"), lax.axis_index("wg")
-        bq, keys, stages, chunk = self.block[0], self.tiles.keys, self.tiles.stages, self.chunk
-        own_list = lists(self.block) == 2
-        which = wg if own_list else jnp.int32(0)
-        row, steps = self.walk(gmem, which)
-        first = row * bq + (0 if own_list else wg * ROWS)
+        wg = lax.axis_index("wg")
+        keys, stages, chunk, walks = self.tiles.keys, self.tiles.stages, self.chunk, lists(self.block)
+        held = _modulo(turn, self.tiles.queries)
+        mine = 2 * held + wg
         levels = WIDTHS[self.pv].p_levels
         folded = self.integer_scores and self.integer_p and "k_row" not in smem
         # Against the running maximum every block's P counts the same levels: wgmma sums them in int32, across blocks.
         local = self.pv != "bf16" and self.p_scale == "block"
         summed = self.pv == "int8" and not local and "v_block" not in smem and self.kv_tokens <= _SUMMED_KEYS
-        # Else MAGIC is left in the output for some steps: how often is a number by row.
-        biased = self.integer_p and not summed and "v_block" not in smem
         row_layout, column_layout = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
-        def fetch(source, name, mode=None):
-            plgpu.copy_gmem_to_smem(source, smem[name].at[wg], bars["q"].at[wg], oob_mode=mode)
-
-        inside = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
-        fetch(gmem["q"].at[batch, head, pl.ds(first, ROWS)], "q")
-        fetch(gmem["slots"].at[head, pl.ds(first, ROWS)], "slots", inside)
-        if "q_row" in smem:
-            fetch(gmem["q_row"].at[batch, head, pl.ds(first, ROWS)], "q_row", inside)
-        if "v_channel" in smem:
-            fetch(gmem["v_channel"].at[batch, head], "v_channel", inside)
-        plgpu.barrier_wait(bars["q"].at[wg])
-
-        q_row = plgpu.load(smem["q_row"].at[wg], layout=row_layout, optimized=False) if "q_row" in smem else None
-
+        plgpu.barrier_wait(bars["q"].at[held])
         def vector(x):
             return plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), row_layout)
 
@@ -519,26 +592,8 @@ class _Call:
             x = plgpu.load(ref, layout=column_layout, optimized=False)
             return lax.broadcast_in_dim(x, (ROWS, columns), [1])
 
-        def rescaled(accs, total, owed, old, new):
-            """accs, total and owed, relative to the maxima `new` after `old`."""
-            if not self.interpreted:
-                *accs, total, owed = _registers.rescaled((*accs, total, owed), old, new)
-                return tuple(accs), total, owed
-            fade = jnp.exp2(old - new)
-            faded = (acc.astype(jnp.float32) * by_row(fade, chunk) for acc in accs)
-            accs = tuple(jnp.round(acc).astype(jnp.int32) if summed else acc for acc in faded)
-            return accs, total * (by_row(fade, 8) if self.integer_p else fade), owed * fade
-
-        def within_reach(s, top, product):
-            """s, top and top * factor, or differences with top where the product is too large to be near the others."""
-            if not self.interpreted:
-                return _registers.within_reach(s, top, product, FAR)
-            far = jnp.abs(product) > FAR
-            s = jnp.where(by_row(far, keys), s - by_row(top, keys), s)
-            return s, jnp.where(far, 0.0, top), jnp.where(far, 0.0, product)
-
-        def product(a, b, start=None):
-            """start + a @ b in start's dtype; no start: zeros in f32."""
+        def product(a, b, start=None, dtype=jnp.float32):
+            """start + a @ b in start's dtype; no start: in `dtype`, and the first instruction overwrites."""
             if start is not None and not self.interpreted:
                 return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(start))
 
@@ -546,8 +601,7 @@ class _Call:
                 plgpu.wgmma(acc, a, b)
                 return acc[...]
 
-            dtype = jnp.float32 if start is None else start.dtype
-            fresh = pl.run_scoped(issue, plgpu.ACC((ROWS, b.shape[1]), dtype))
+            fresh = pl.run_scoped(issue, plgpu.ACC((ROWS, b.shape[1]), dtype if start is None else start.dtype))
             return fresh if start is None else start + fresh
 
         def release(barrier, slot, *, read):
@@ -576,7 +630,7 @@ class _Call:
             """(s f32 [64, keys], top f32 [64], factor f32 [64]): factor * s is the scores in log2 units, top the
             maximum of s; with `folded`, both are MAGIC higher."""
             start = matrix(keys, MAGIC_BITS, jnp.int32) if self.integer_scores else None
-            s = product(smem["q"].at[wg], smem["k"].at[slot].transpose((1, 0)), start)
+            s = product(smem["q"].at[mine], smem["k"].at[slot].transpose((1, 0)), start)
             scale, real = smem["facts"][slot, 0], smem["facts"][slot, 1]
             if "k_row" in smem:
                 if self.integer_scores:
@@ -591,7 +645,9 @@ class _Call:
                 s, top = (lax.bitcast_convert_type(x, jnp.float32) for x in (s, top))
                 s, top = (s, top) if folded else (s - MAGIC, top - MAGIC)
             scale = scale * self.to_log2
-            factor = vector(scale) if q_row is None else q_row * scale
+            factor = vector(scale)
+            if "q_row" in smem:
+                factor = plgpu.load(smem["q_row"].at[mine], layout=row_layout, optimized=False) * scale
             return s, top, factor
 
         def exponents(s, top, factor, behind):
@@ -600,43 +656,40 @@ class _Call:
             P is 1 where a score is `behind` above `top` (None: nothing), but for 2^gained: that row's rounding.
             """
             height = math.log2(levels * LEVEL) if self.integer_p else math.log2(levels)
-            s, top, reference = within_reach(s, top, top * factor)
-            reference = lax.optimization_barrier((reference if behind is None else reference + behind) - height)
-            if self.interpreted:  # a CPU may round the products
+            # Too large a score is too coarse to have others subtracted: integers are the sum with MAGIC.
+            size, far = (factor, FAR / MAGIC) if folded else (top * factor, FAR)
+            s, top = _registers.within_reach(s, top, size, far, interpreted=self.interpreted)
+            fma = partial(_registers.fma, interpreted=self.interpreted)
+            reference = fma(top, factor, vector(-height) if behind is None else behind - height)
+            gained = fma(top, factor, -reference) - height
+            if self.interpreted:  # a CPU may round the product
                 x = _registers.product_error(s, by_row(factor, keys), by_row(-reference, keys))
-                x = jnp.where(s <= -(2.0**119), s, x)
-                return x, _registers.product_error(top, factor, -reference) - height
-            return s * by_row(factor, keys) - by_row(reference, keys), _registers.fma(top, factor, -reference) - height
+                return jnp.where(s <= -(2.0**119), s, x), gained
+            return s * by_row(factor, keys) - by_row(reference, keys), gained
 
         def rounded(p):
             """P in levels (of an integer P times LEVEL) -> (rounded, as the product's left operand, its row sums).
 
-            Of an integer P, sums of shares [64, 8], so that no thread waits for another.
+            Of an integer P each thread's own, so that none waits for another.
             """
             if self.integer_p:
                 if not self.interpreted:
                     return _registers.pack(p)
                 p = jnp.round(p / LEVEL)
-                row_sum = p.reshape(ROWS, -1, 8).sum(axis=1)
             short = p.astype(self.pv_dtype)
-            if not self.integer_p:
-                if self.pv == "bf16":
-                    # Without the barrier the compiler rounds one score at a time, on the exponentials' unit.
-                    short = lax.optimization_barrier(short)
-                row_sum = short.astype(jnp.float32).sum(axis=1)
+            if self.pv == "bf16":
+                # Without the barrier the compiler rounds one score at a time, on the exponentials' unit.
+                short = lax.optimization_barrier(short)
+            row_sum = short.astype(jnp.float32).sum(axis=1)
             if "p" not in smem:
                 return short, row_sum
             smem["p"][wg] = short
             plgpu.commit_smem()
             return smem["p"].at[wg], row_sum
 
-        def settled(accs, owed):
-            """The output less the MAGIC that came with each of its blocks, owed times in all."""
-            return tuple(acc - by_row(owed, chunk) * MAGIC for acc in accs), jnp.zeros_like(owed)
-
         def step(i, carry):
-            accs, top, total, owed = carry
-            slot = (which * stages if own_list else 0) + lax.rem(i, jnp.array(stages, i.dtype))
+            accs, top, total = carry
+            slot = (which * stages if walks == 2 else 0) + _modulo(i, stages)
             plgpu.barrier_wait(bars["k"].at[slot])
             s, s_top, factor = scores(slot)
             # Rounded, for good: contracted with a difference below it would be another number.
@@ -646,7 +699,7 @@ class _Call:
             behind = None if local else jnp.minimum(new_top - block_top, 128.0)
             x, gained = exponents(s, s_top, factor, behind)
             p, row_sum = rounded(_registers.exp2(x, self.tiles.cubics, interpreted=self.interpreted))
-            accs, total, owed = rescaled(accs, total, owed, top, new_top)
+            *accs, total = _registers.rescaled((*accs, total), top, new_top, interpreted=self.interpreted)
             weight = jnp.exp2(block_top - new_top - gained) if local else None
             total = total + scaled(row_sum, weight)
             plgpu.barrier_wait(bars["v"].at[slot])
@@ -659,12 +712,7 @@ class _Call:
             else:
                 accs = tuple(acc + scaled(block_out(p, v, slot, n * chunk), weight) for n, acc in enumerate(accs))
             release("v_free", slot, read="v_block" in smem)
-            if biased:
-                owed, often = owed + (1.0 if weight is None else weight), _UNSETTLED[self.pv]
-                accs, owed = lax.cond(
-                    lax.rem(i, jnp.array(often, i.dtype)) == often - 1, settled, lambda *x: x, accs, owed
-                )
-            return accs, new_top, total, owed
+            return tuple(accs), new_top, total
 
         def scaled(x, weight):
             """x times weight by row; no weight is 1."""
@@ -675,41 +723,39 @@ class _Call:
         def block_out(p, v, slot, channel):
             """P @ V of `chunk` channels, with V's scale where it differs by block."""
             channels = pl.ds(channel, chunk)
-            start = matrix(chunk, MAGIC_BITS, jnp.int32) if self.integer_p else None
-            o = product(p, v.at[channels].transpose((1, 0)), start)
-            if self.integer_p:
-                o = lax.bitcast_convert_type(o, jnp.float32) - (0.0 if biased else MAGIC)
+            o = product(p, v.at[channels].transpose((1, 0)), dtype=jnp.int32 if self.integer_p else jnp.float32)
+            o = o.astype(jnp.float32)
             return o * by_column(smem["v_block"].at[slot, channels], chunk) if "v_block" in smem else o
 
         zero = (0, jnp.int32) if summed else (0.0, jnp.float32)
         zeros = tuple(matrix(chunk, *zero) for _ in range(self.dim // chunk))
-        nothing = matrix(8, 0.0) if self.integer_p else vector(0.0)
-        accs, top, total, owed = lax.fori_loop(0, steps, step, (zeros, vector(_LOWEST), nothing, vector(0.0)))
-        accs = settled(accs, owed)[0] if biased else accs
-        total = total.sum(axis=1) if self.integer_p else total
+        accs, top, total = lax.fori_loop(start, end, step, (zeros, vector(_LOWEST), vector(0.0)))
+        total = _registers.over_threads(total, interpreted=self.interpreted) if self.integer_p else total
 
         some = total != 0  # NaN stays NaN
         total = jnp.where(some, total, 1.0)
         lse = jnp.where(some, math.log(2) * (top + jnp.log2(total / levels)), -jnp.inf)
+        plgpu.wait_smem_to_gmem(0)  # the item before has left
         plgpu.store(smem["lse"].at[wg], lse, optimized=False)
         width = self.width
-        # A list beyond the last query block repeats that block with no steps: it must not write.
-        live = lax.axis_index("program") * 2 + wg < self.shape(gmem)[0] if own_list else True
-        writes = jnp.where(live, jnp.clip(self.q_tokens - first, 0, ROWS), 0)
+        head, batch, row, steps = (smem["item"][held, n] for n in (0, 1, 2 + which, 2 + walks + which))
+        first = row * self.block[0] + (0 if walks == 2 else wg * ROWS)
+        writes = jnp.where(steps == _NOBODYS, 0, jnp.clip(self.q_tokens - first, 0, ROWS))
         for channel in range(0, self.dim, width):
             acc = accs[channel // chunk][:, channel % chunk : channel % chunk + width]
             o = acc.astype(jnp.float32) / by_row(total, width)
             if "v_channel" in smem:
-                o = o * by_column(smem["v_channel"].at[wg, pl.ds(channel, width)], width)
+                o = o * by_column(smem["v_channel"].at[held, pl.ds(channel, width)], width)
             plgpu.wait_smem_to_gmem(0)  # the chunk before has left
             plgpu.store(smem["o"].at[wg], o.astype(self.out_dtype), optimized=False)
             plgpu.commit_smem()
 
             def store(r, _, channel=channel):
-                target = gmem["o"].at[batch, pl.ds(smem["slots"][wg, r], 1), head, pl.ds(channel, width)]
+                target = gmem["o"].at[batch, pl.ds(smem["slots"][mine, r], 1), head, pl.ds(channel, width)]
                 plgpu.copy_smem_to_gmem(smem["o"].at[wg, pl.ds(r, 1)], target)
 
             lax.fori_loop(0, writes, store, None)
         target = gmem["lse"].at[batch, head, pl.ds(first, ROWS)]
         pl.when(writes > 0)(lambda: plgpu.copy_smem_to_gmem(smem["lse"].at[wg], target))
-        plgpu.wait_smem_to_gmem(0)
+        release("item_free", held, read=True)
+        return end
