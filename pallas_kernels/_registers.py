@@ -58,7 +58,7 @@ def row_layout_height(columns: int, vector: int) -> int:
     return 128 // across
 
 
-def key_major(v: jax.Array, block: int, *, permuted: bool) -> jax.Array:
+def key_major(v: jax.Array, block: int, *, permuted: bool = True) -> jax.Array:
     """v [B, H, N, D] -> [B, H, D, N up to whole blocks]; `permuted`: keys by KEY_ORDER inside each 16.
 
     wgmma wants the keys of an 8-bit right operand contiguous.
@@ -81,57 +81,82 @@ def fence() -> None:
     inline(between_proxies)()
 
 
-def pack(p: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """f32 numbers of LEVELs, at most 127, accumulator's layout -> (int8 in the left operand's, keys by KEY_ORDER; sums).
+def pack(p: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """P f32, accumulator's layout -> (P rounded to `dtype`, in the left operand's layout, keys by KEY_ORDER; its sums).
 
-    A float16 below 2^-14 is a whole number of LEVELs whose bits are that number: one instruction rounds two scores to
-    integers and puts them side by side. No value changes its thread. Sums, f32 [rows], are each thread's own, by one
-    instruction for four bytes: a row's four threads differ, until `over_threads` adds them up.
+    dtype int8: p is numbers of LEVELs, at most 127. A float16 below 2^-14 is a whole number of LEVELs whose bits are
+    that number: one instruction rounds two scores to integers and puts them side by side. float8_e4m3fn: p itself.
+    No value changes its thread. Sums, f32 [rows], are each thread's own: a row's four differ until `over_threads`.
     """
     from jax.experimental.mosaic.gpu import fragmented_array as fa
     from jax.experimental.mosaic.gpu import utils as mgpu
     from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import arith, llvm, vector
+    from jaxlib.mlir.dialects import arith, llvm
 
     plgpu = mosaic()
-    rows, columns = p.shape
-    sums = plgpu.ShapeDtypeStruct((rows,), jnp.float32, layout=plgpu.Layout.WGMMA.reduce(1))
-    out = plgpu.ShapeDtypeStruct((rows, columns), jnp.int8, layout=plgpu.Layout.WGMMA_8BIT)
+    integer = dtype == jnp.int8
+    (rows, columns), row = p.shape, plgpu.Layout.WGMMA.reduce(1)
+    out = plgpu.ShapeDtypeStruct((rows, columns), dtype, layout=plgpu.Layout.WGMMA_8BIT)
 
-    def packed(ctx: Any, p: Any) -> Any:
-        i32, i8, f32 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(8), ir.F32Type.get()
-        registers = np.empty(fa.WGMMA_LAYOUT_8BIT.registers_shape(p.shape), dtype=object)
-        source = p.registers.reshape(p.registers.shape[0], p.registers.shape[1], -1)
-        target = registers.reshape(registers.shape[0], registers.shape[1], -1)
+    def four_integers(four: list[Any], total: Any) -> tuple[Any, Any]:
+        i32 = ir.IntegerType.get_signless(32)
 
         def constant(value: int) -> Any:
             return arith.constant(i32, ir.IntegerAttr.get(i32, value))
 
-        def rounded(pair: Any) -> Any:
-            low, high = _elements(pair)
-            return llvm.inline_asm(i32, [high, low], "cvt.rn.f16x2.f32 $0, $1, $2;", "=r,f,f", asm_dialect=0)
+        halves = [
+            llvm.inline_asm(i32, [high, low], "cvt.rn.f16x2.f32 $0, $1, $2;", "=r,f,f", asm_dialect=0)
+            for low, high in (four[:2], four[2:])
+        ]
+        word = mgpu.prmt(*halves, constant(0x6420))
+        start = constant(MAGIC_BITS) if total is None else total
+        return word, llvm.inline_asm(
+            i32, [word, constant(0x01010101), start], "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", asm_dialect=0
+        )
 
-        def plus_bytes(total: Any, four: Any) -> Any:
-            return llvm.inline_asm(
-                i32, [four, constant(0x01010101), total], "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", asm_dialect=0
-            )
+    def four_floats(four: list[Any], total: Any) -> tuple[Any, Any]:
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        word = llvm.inline_asm(
+            i32, four,
+            "{ .reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $2, $1; cvt.rn.satfinite.e4m3x2.f32 b, $4, $3; "
+            "mov.b32 $0, {a, b}; }",
+            "=r,f,f,f,f", asm_dialect=0,
+        )  # fmt: skip
+        back = llvm.inline_asm(
+            llvm.StructType.get_literal([f32] * 4), [word],
+            "{ .reg .b16 a, b, w, x, y, z; .reg .b32 c, d; mov.b32 {a, b}, $4; cvt.rn.f16x2.e4m3x2 c, a; "
+            "cvt.rn.f16x2.e4m3x2 d, b; mov.b32 {w, x}, c; mov.b32 {y, z}, d; cvt.f32.f16 $0, w; cvt.f32.f16 $1, x; "
+            "cvt.f32.f16 $2, y; cvt.f32.f16 $3, z; }",
+            "=f,=f,=f,=f,r", asm_dialect=0,
+        )  # fmt: skip
+        for place in range(4):
+            number = llvm.extractvalue(f32, back, [place])
+            total = number if total is None else arith.addf(total, number)
+        return word, total
 
-        totals = [constant(MAGIC_BITS)] * target.shape[2]
+    def packed(ctx: Any, p: Any) -> Any:
+        element = ir.IntegerType.get_signless(8) if integer else ir.Float8E4M3FNType.get()
+        f32 = ir.F32Type.get()
+        registers = np.empty(fa.WGMMA_LAYOUT_8BIT.registers_shape(p.shape), dtype=object)
+        source = p.registers.reshape(p.registers.shape[0], p.registers.shape[1], -1)
+        target = registers.reshape(registers.shape[0], registers.shape[1], -1)
+        totals: list[Any] = [None] * target.shape[2]
         for sixteen in range(target.shape[1]):
             for half in range(target.shape[2]):  # of the rows that a thread holds
-                left, right = (rounded(source[0, 2 * sixteen + i, half]) for i in range(2))
-                four = mgpu.prmt(left, right, constant(0x6420))
-                totals[half] = plus_bytes(totals[half], four)
-                target[0, sixteen, half] = mgpu.bitcast(four, ir.VectorType.get((4,), i8))
-        biased = _by_row(rows, [arith.bitcast(f32, total) for total in totals])
+                four = [e for i in range(2) for e in _elements(source[0, 2 * sixteen + i, half])]
+                word, totals[half] = (four_integers if integer else four_floats)(four, totals[half])
+                target[0, sixteen, half] = mgpu.bitcast(word, ir.VectorType.get((4,), element))
         whole = fa.FragmentedArray(
-            _registers=target.reshape(registers.shape), _layout=fa.WGMMA_LAYOUT_8BIT, _is_signed=True
+            _registers=target.reshape(registers.shape),
+            _layout=fa.WGMMA_LAYOUT_8BIT,
+            _is_signed=True if integer else None,
         )
-        return whole, biased
+        return whole, _by_row(rows, [arith.bitcast(f32, total) if integer else total for total in totals])
 
+    sums = plgpu.ShapeDtypeStruct((rows,), jnp.float32, layout=row)
     inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=(out, sums))
-    whole, biased = inline(packed)(p)
-    return whole, biased - MAGIC
+    whole, total = inline(packed)(p)
+    return whole, total - MAGIC if integer else total
 
 
 def over_threads(x: jax.Array, *, interpreted: bool) -> jax.Array:
@@ -240,25 +265,31 @@ def _spread(places: int, chosen: int) -> tuple[int, ...]:
 
 
 def rescaled(
-    arrays: tuple[jax.Array, ...], old: jax.Array, new: jax.Array, *, interpreted: bool
+    arrays: tuple[jax.Array, ...], top: jax.Array, new: jax.Array, slack: float, *, interpreted: bool
 ) -> tuple[jax.Array, ...]:
-    """Each of `arrays` ([64, columns] or [64], accumulator's layout) times 2^(old - new) by row; old, new f32 [64].
+    """(*arrays times 2^(top - larger) by row, larger), larger = max(top, new); where new is at most `slack` above top,
+    (*arrays, top): what they are relative to need not be the maximum itself (FlashAttention-4, arXiv 2603.05451).
 
-    Skipped by a warp in which old is new: the same bits as the product, of int32 rounded to nearest.
+    arrays [64, columns] or [64], accumulator's layout, int32 rounded to nearest; top, new f32 [64]. A warp does one or
+    the other for all its rows.
     """
     if interpreted:
-        fade = jnp.exp2(old - new)
+        larger = jnp.where(new > top + slack, new, top)
+        fade = jnp.exp2(top - larger)
         scaled = [x.astype(jnp.float32) * (fade[:, None] if x.ndim == 2 else fade) for x in arrays]
-        return tuple(
+        whole = [
             jnp.round(y).astype(x.dtype) if x.dtype == jnp.int32 else y for x, y in zip(arrays, scaled, strict=True)
-        )
+        ]
+        return (*whole, larger)
 
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import llvm, vector
 
-    def faded(arrays: list[Any], old: Any, new: Any) -> list[Any]:
+    def faded(arrays: list[Any], limit: Any, new: Any) -> list[Any]:
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        factor = (old - new).exp2(approx=True)
+        *arrays, top = arrays
+        larger = top.max(new)
+        factor = (top - larger).exp2(approx=True)
 
         def rounded(register: Any) -> Any:
             whole = [
@@ -272,10 +303,11 @@ def rescaled(
                 return list((array * rows).registers.flat)
             return [rounded(register) for register in (array.astype(f32) * rows).registers.flat]
 
-        return [register for array in arrays for register in scaled(array)]
+        return [*(register for array in arrays for register in scaled(array)), *larger.registers.flat]
 
-    # NaN is not equal.
-    return _where_any("setp.neu.f32 p, $1, $3; setp.neu.or.f32 p, $2, $4, p;", faded, arrays, (old, new))
+    # A NaN goes its way without: into the weights of its row.
+    vote = "setp.gt.f32 p, $3, $1; setp.gt.or.f32 p, $4, $2, p;"
+    return _where_any(vote, faded, (*arrays, top), (top + slack, new))
 
 
 def within_reach(
@@ -308,8 +340,8 @@ def within_reach(
 def _where_any(vote: str, then: Any, arrays: tuple[jax.Array, ...], rows: tuple[jax.Array, ...]) -> Any:
     """then(arrays, *rows)'s registers in warps where a thread's `vote` sets predicate p, else arrays as they are.
 
-    vote: PTX over $1, $2, ..: a thread's two values of each of `rows`. arrays f32 or int32, [64, columns] or [64] in the
-    accumulator's layout.
+    vote: PTX over $1, $2, ..: a thread's two values of each of `rows`. arrays f32 or int32, [64, columns] or [64], in
+    the accumulator's layout.
     """
     from jax.experimental.mosaic.gpu import fragmented_array as fa
     from jaxlib.mlir import ir

@@ -1,6 +1,6 @@
-"""What the Hopper kernel makes of integers, number by number in NumPy: its own roundings, of which the reference knows none.
+"""What the Hopper kernel makes of integers, number by number in NumPy: with its own roundings, unlike the reference.
 
-P's reference is a row's maximum as far as one float32 beside MAGIC can tell (`exponents` in hopper.py), and some
+P's reference is a row's maximum as far as one float32 beside MAGIC can tell (`exponents` in _hopper.py), and some
 exponentials are a cubic's. Shares nothing with the kernel but constants.
 """
 
@@ -11,7 +11,7 @@ from problems import Problem, schedule
 
 from pallas_kernels._check import WIDTHS
 from pallas_kernels._registers import LEVEL, MAGIC
-from pallas_kernels.block_attention import hopper
+from pallas_kernels.block_attention._hopper import FAR
 
 f32 = np.float32
 CUBIC = (0.99992806, 0.69326109, 0.24261133, 0.05517132)
@@ -28,7 +28,7 @@ def integers(problem: Problem, cubics: int, **changed) -> tuple[np.ndarray, np.n
 
     cubics: of a thread's exponentials of a step. `changed`: operands that take the place of the problem's.
     """
-    operands = {name: None if x is None else np.asarray(x) for name, x in (problem.operands | changed).items()}
+    operands = {name: np.asarray(x) for name, x in (problem.operands | changed).items()}
     unit = 16.0 if problem.qk == "int4" else 1.0  # what 1 is stored as
     height = math.log2(WIDTHS[problem.pv].p_levels * LEVEL)
     (bq, bk), (batch, heads, tokens, dim) = problem.block, operands["q"].shape
@@ -53,7 +53,7 @@ def integers(problem: Problem, cubics: int, **changed) -> tuple[np.ndarray, np.n
             own = f32((largest - MAGIC) * factor)
             rising = max(top, own)
             behind = 0.0 if problem.p_scale == "block" else min(f32(rising - own), 128.0)
-            if factor > f32(hopper.FAR / MAGIC):
+            if factor > f32(FAR / MAGIC):
                 s, largest = s - largest, 0.0
             reference = np.float64(f32(largest * factor + np.float64(f32(f32(behind) - f32(height)))))
             x = (s * factor - reference).astype(f32).astype(np.float64)

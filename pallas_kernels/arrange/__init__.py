@@ -74,7 +74,7 @@ def arrange(
     tokens in kernel order (SageAttention2, section 3.1).
     rotate: q and k only; turn the channels by a fixed random-sign Hadamard matrix after the mean, q and k alike.
     layout: "rows", or "hopper", which that attention kernel reads as it is: D padded with zeros to 64, 96, 128 or 256,
-    and v below 16 bits with its keys side by side, [B, H, D, N up to whole blocks], those of int8 and int4 in the order
+    and v below 16 bits with its keys side by side, [B, H, D, N up to whole blocks], in the order
     `_registers.KEY_ORDER` inside each 16. Width int4 is in the upper halves of bytes there. Or
     "hopper_packed": k and v are two to a byte, k [B, H, 32 ceil(N / 64), D] with keys j and j + 32 of each 64 sharing
     bytes, v [B, H, D / 2, N up to whole blocks] with channels c and c + D / 2, the former in the lower halves. Or

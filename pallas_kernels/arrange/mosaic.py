@@ -168,7 +168,7 @@ def _forward(options: _Options, x, slots, norm, rope, mean):
             arrays[name] = padded(per_head(weight))[0]
     call = _Call(
         batch, heads, tokens, head_dim, dim, str(x.dtype), width, group, block, tiles, key_major, role == "v",
-        width in ("int8", "int4"), form, None if norm is None else (norm.kind, norm.eps), direct,
+        form, None if norm is None else (norm.kind, norm.eps), direct,
         whole=layout == "ampere", interpreted=interpreted_device() is not None,
     )  # fmt: skip
     if compute_mean:
@@ -241,7 +241,6 @@ class _Call:
     tiles: Tiles
     key_major: bool  # values [B, H, dim, whole blocks] instead of [B, H, N, dim]
     by_channel: bool  # scales differ by channel
-    permuted: bool  # keys by KEY_ORDER, if key_major
     form: str  # of bytes: "rows" is a value each, "hopper" its upper half, "hopper_packed" and "ampere" two values
     norm: tuple[str, float] | None
     direct: bool  # values go from registers to device memory, not through shared memory
@@ -334,8 +333,7 @@ class _Call:
                 row = 4 * (row - eight) + 16 * (eight & 1) + 8 * (part >> 1) + (eight & 6) + (part & 1)
             else:
                 four = row & 3
-                key = 2 * four + (part & 1) + 8 * (part >> 1) if self.permuted else 4 * four + part
-                row = 4 * (row - four) + key
+                row = 4 * (row - four) + 2 * four + (part & 1) + 8 * (part >> 1)
         if self.pairs:
             row = row + first // 2
             return 2 * row - (row & (_packed.KEYS - 1)) + _packed.KEYS * part

@@ -121,7 +121,7 @@ def laid_out(values: jax.Array, role: str, width: str, block: int, layout: str) 
     dim = padded_dim(head_dim)
     values = jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, dim - head_dim)))
     if role == "v" and width != "bf16":
-        values = _registers.key_major(values, block, permuted=width != "fp8")
+        values = _registers.key_major(values, block)
     if width != "int4":
         return values
     if layout == "hopper" or role == "q":

@@ -1,9 +1,9 @@
 """Which program does what, when: a launch has as many programs as the GPU has cores, and each draws one item of work
 after another until there is none, the longest first.
 
-An item is a query block of a head, or two that share a program. Where items differ tenfold, as a static mask's do, whoever
-draws the last long one decides when all are done; and a program that goes on to its next item fetches that item's first
-blocks while it still multiplies the last of the one before.
+An item is a query block of a head, or two that share a program. Where items differ tenfold, as a static mask's do,
+whoever draws the last long one decides when all are done; and a program that goes on to its next item fetches that
+item's first blocks while it still multiplies the last of the one before.
 """
 
 from typing import Any
@@ -56,7 +56,6 @@ def draw(counters: Any, drawn: Any, turn: Any, programs: int, *, interpreted: bo
         return turn * programs + jax.lax.axis_index("program")
 
     from jax.experimental.mosaic.gpu import utils as mgpu
-    from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import llvm
 
     def take(ctx: Any, counters: Any, drawn: Any) -> None:
