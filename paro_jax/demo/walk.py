@@ -61,7 +61,8 @@ def sites(
         seen = [x for x in calibration if place(x) == (bucket, site)]
         mass = [calibrate.block_mass(x.q, x.k, plan.grid, here.order_list(), plan.block) for x in seen]
         assert sample.v is not None, "samples are captured with v"
-        yield Site(here, *map(jnp.asarray, (sample.q, sample.k, sample.v)), np.mean(mass, axis=0))
+        q, k, v = map(jnp.asarray, (sample.q, sample.k, sample.v))
+        yield Site(here, q, k, v, np.mean(mass, axis=0))
 
 
 def walked_first(walk: str, plan: AttentionPlan, mass: np.ndarray) -> np.ndarray | None:
@@ -174,7 +175,8 @@ def measure_errors(
 @jax.jit
 def _attend(q, k, v, plan: AttentionPlan, schedule: tuple[jax.Array, jax.Array]) -> jax.Array:
     """`paro_jax.attention` by any walk: a plan walks by its own, and by none where that would cost."""
-    q, k, v = (arrange(x, plan=plan, role=role, implementation="xla") for role, x in (("q", q), ("k", k), ("v", v)))
+    at = functools.partial(arrange, plan=plan, implementation="xla")
+    q, k, v = at(q, role="q"), at(k, role="k"), at(v, role="v")
     return block_attention(
         q.values, k.values, v.values, *schedule, block=plan.block, scale=q.head_dim**-0.5, slots=plan.slots,
         qk=plan.quant.qk, pv=plan.quant.pv, p_scale=plan.quant.p_scale, q_scale=q.scales, k_scale=k.scales,
