@@ -90,6 +90,14 @@ def mask(
     return value >= (threshold[..., None, None] if rule != "row" else threshold[..., None]), threshold
 
 
+def heaviest(share: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """uint16 [..., nq, 1]: of each row of [..., nq, nk] the kept block of most share, the first of equals."""
+    found = np.empty((*share.shape[:-1], 1), np.uint16)
+    for index in np.ndindex(share.shape[:-2]):  # one head at a time: shares of a large model are gigabytes
+        found[index] = np.argmax(np.where(keep[index], share[index], -1), axis=-1)[:, None]
+    return found
+
+
 def gains(share: np.ndarray, errors: np.ndarray, always: np.ndarray) -> np.ndarray:
     """float32 [..., nq, nk] >= 0: how much of the output's squared error keeping each block saves.
 

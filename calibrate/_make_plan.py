@@ -68,7 +68,8 @@ def make_plan(
         queries stay dense. For a model with much text, whose density cannot fall far otherwise.
 
     Returns:
-      The plan, with leading axes (sites,) for one bucket and (buckets, sites) for several, and its `Report`.
+      The plan, with leading axes (sites,) for one bucket and (buckets, sites) for several and each row's heaviest kept
+      block in `first`, and its `Report`.
 
     Raises:
       ValueError: an argument of these, or a sample, is not as said here; the message names it.
@@ -327,13 +328,14 @@ def _build(task: Task, density: int, names: Names, state: State) -> tuple[Attent
         if errors is not None:
             errors[bucket, site] = state.block_errors[density, bucket, site].mean
     keep, threshold = _choose.mask(share, task.always, task.densities[density], task.rule, errors)
+    first = _choose.heaviest(share, keep)
     order = [names(density, site, len(one)) for site in range(sites)]
     k_mean = np.broadcast_to(
         np.stack([_checkpoint.over_buckets(state.k, site) for site in range(sites)]).astype(np.float32),
         (buckets, sites, *state.k[0, 0].total.shape),
     )
     if buckets == 1:
-        keep, k_mean = keep[0], k_mean[0]
+        keep, k_mean, first = keep[0], k_mean[0], first[0]
     plan = AttentionPlan.build(
         task.grid,
         order=order,
@@ -341,6 +343,7 @@ def _build(task: Task, density: int, names: Names, state: State) -> tuple[Attent
         quant=task.quant,
         k_mean=k_mean,
         bucket_edges=task.bucket_edges,
+        first=first,
     )
     return plan, threshold
 

@@ -314,7 +314,7 @@ def _attended(
         return jax.lax.cond(plan.wide, lambda: at(plan.wide_quant), lambda: at(plan.quant))
 
     scale = 1.0 / math.sqrt(q.head_dim) if scale is None else scale
-    count, index, slots = (*plan.mask().schedule(), plan.slots) if schedule is None else schedule
+    count, index, slots = (*plan.schedule(), plan.slots) if schedule is None else schedule
     delta = None
     if q.mean is not None and k.exact is not None:
         delta = jnp.einsum("bhid,bhkd->bhik", q.mean, k.exact.astype(jnp.float32), precision="highest")

@@ -1,6 +1,7 @@
 """What is computed: which (query block, key block) pairs of each head are kept."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,17 +31,25 @@ class BlockMask:
         keep = jnp.asarray(self.keep, bool)
         return _density(jnp.sum(keep, axis=-1, dtype=jnp.int32), keep.shape[-1])
 
-    def schedule(self) -> tuple[jax.Array, jax.Array]:
+    def schedule(self, first: jax.Array | np.ndarray | None = None) -> tuple[jax.Array, jax.Array]:
         """The kernel's form: count int32 [*lead, heads, nq] and index int32 [*lead, heads, nq, nk].
 
-        index[..., :count] are the kept key blocks, ascending; entries past count are in range and mean nothing.
+        index[..., :count] are the kept key blocks in the sequence in which a kernel walks them: those that `first`
+        names, as it names them, then the others ascending. Entries past count are in range and mean nothing. `first`:
+        integers [*lead, heads, nq, m]. A skipped block stays skipped, and a second mention does nothing.
+
+        Raises ValueError for a `first` of another shape or dtype.
         """
         keep = jnp.asarray(self.keep, bool)
         nk = keep.shape[-1]
-        column = jnp.arange(nk, dtype=jnp.int32)
-        # Skipped columns sort behind kept ones; one int32 sort is cheaper than an argsort with its payload.
-        packed = jnp.sort(jnp.where(keep, column, column + nk), axis=-1)
-        return jnp.sum(keep, axis=-1, dtype=jnp.int32), jnp.where(packed >= nk, packed - nk, packed)
+        named = jnp.zeros((*keep.shape[:-1], 0), jnp.int32) if first is None else check_first(first, keep.shape)
+        column, m = jax.lax.broadcasted_iota(jnp.int32, keep.shape, keep.ndim - 1), named.shape[-1]
+        rank = jnp.where(keep, m, m + 1)  # skipped columns sort behind kept ones
+        for place in reversed(range(m)):
+            rank = jnp.where(keep & (column == named[..., place : place + 1].astype(jnp.int32)), place, rank)
+        # One int32 sort is cheaper than an argsort with its payload.
+        packed = jnp.sort(rank * nk + column, axis=-1)
+        return jnp.sum(keep, axis=-1, dtype=jnp.int32), packed % nk
 
     def pack(self) -> jax.Array:
         """uint8 [*lead, heads, nq, ceil(nk / 8)]: one bit a block, key block 0 in the lowest bit, padding bits 0."""
@@ -104,6 +113,17 @@ def _density(kept: jax.Array, nk: int) -> float | jax.Array:
     if isinstance(kept, Tracer):
         return jnp.mean(kept.astype(jnp.float32)) / nk
     return float(np.asarray(kept).sum(dtype=np.int64) / (kept.size * nk))
+
+
+def check_first(first: Any, keep: tuple[int, ...]) -> jax.Array:
+    """`first` as an array; ValueError unless it is integers [*lead, heads, nq, m] for a mask of the shape `keep`."""
+    first = jnp.asarray(first)
+    if first.shape[:-1] != keep[:-1] or not jnp.issubdtype(first.dtype, jnp.integer):
+        raise ValueError(
+            f"first must be integers {[*keep[:-1], 'm']}, key blocks of each query block; got {first.dtype} "
+            f"{list(first.shape)}."
+        )
+    return first
 
 
 def _both_keeps(mask: BlockMask, other: object) -> tuple[jax.Array, jax.Array]:

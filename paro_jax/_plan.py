@@ -15,7 +15,7 @@ from jax import export
 from jax.core import Tracer
 
 from paro_jax._grid import TokenGrid, check_block, is_int
-from paro_jax._mask import BlockMask, _density
+from paro_jax._mask import BlockMask, _density, check_first
 from paro_jax._quant import QuantSpec
 
 _UNQUANTISED = QuantSpec()
@@ -39,6 +39,8 @@ class AttentionPlan:
     and RoPE, or None. Static: `grid`, `block` (bq, bk) in tokens, `order_names`, `quant`, `bucket_edges` (fractions of
     the schedule from 0 to 1; bucket g covers [edges[g], edges[g+1]); more than one bucket makes a bucket axis).
     `wide`: bool [*lead], where `wide_quant` (static) takes the place of `quant`; both None when all is `quant`.
+    `first`: uint16 [*lead, heads, nq, m], the kept key blocks of greatest calibrated mass, heaviest first, or None:
+    what a kernel visits before the others (`schedule`). But for rounding it changes no result, only the time.
     """
 
     order: jax.Array
@@ -51,6 +53,7 @@ class AttentionPlan:
     bucket_edges: tuple[float, ...] = _static()
     wide: jax.Array | None = None
     wide_quant: QuantSpec | None = field(default=None, metadata=dict(static=True))
+    first: jax.Array | None = None
 
     @classmethod
     def dense(
@@ -86,10 +89,12 @@ class AttentionPlan:
         quant: QuantSpec = _UNQUANTISED,
         k_mean: Any | None = None,
         bucket_edges: Sequence[float] = (0.0, 1.0),
+        first: Any | None = None,
     ) -> "AttentionPlan":
         """A plan from its parts. `mask.keep` [*lead, heads, nq, nk] fixes *lead and the number of heads.
 
-        `order`: a name, or names nested as [heads], [sites, heads] or [*lead, heads]; leading axes broadcast.
+        `order`: a name, or names nested as [heads], [sites, heads] or [*lead, heads]; leading axes broadcast. `first`:
+        integers [*lead, heads, nq, m] from 0 to nk - 1.
         Raises ValueError for parts that do not fit each other.
         """
         _check_type("grid", grid, TokenGrid)
@@ -113,9 +118,15 @@ class AttentionPlan:
                 raise ValueError(f"k_mean must be [*lead, heads, head_dim] = {[*lead_heads, 'D']}; got {k_mean.shape}.")
             if not isinstance(k_mean, Tracer) and not np.isfinite(np.asarray(k_mean)).all():
                 raise ValueError("k_mean must be finite; got NaN or infinity. Check the samples it was computed from.")
+        if first is not None:
+            first = check_first(first, keep.shape)
+            known = None if isinstance(first, Tracer) else np.asarray(first)
+            if known is not None and ((known < 0) | (known >= nk)).any():
+                raise ValueError(f"first must name key blocks, 0 to {nk - 1}; got {known.min()} to {known.max()}.")
+            first = first.astype(jnp.uint16)
         ids = jnp.asarray(_order_ids(grid, order, lead_heads))
         bits = BlockMask(keep, block).pack()
-        return cls(ids, bits, k_mean, grid, block, grid.orders, quant, edges)
+        return cls(ids, bits, k_mean, grid, block, grid.orders, quant, edges, first=first)
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -148,10 +159,20 @@ class AttentionPlan:
         """The masks, unpacked: `keep` [*lead, heads, nq, nk]."""
         return BlockMask.unpack(self.keep_bits, nk=self.grid.blocks(self.block)[1], block=self.block)
 
+    def schedule(self) -> tuple[jax.Array, jax.Array]:
+        """(count, index) as of `BlockMask.schedule`, the walk that `attend` takes: `first`, then ascending.
+
+        Ascending alone where P is rounded relative to the running maximum: everything behind a row's largest scores is
+        then rounded coarsely, and with them in front that is all the rest (pallas_kernels/NOTES.md).
+        """
+        running = self.quant.pv != "bf16" and self.quant.p_scale == "running"
+        return self.mask().schedule(None if running else self.first)
+
     def with_mask(self, mask: BlockMask, order: Any = None) -> "AttentionPlan":
         """This plan with another mask of the same shape: how an online policy, alone or `&` ours, reaches `attend`.
 
         `order`: int8 [*lead, heads], positions in `order_names`, where the policy chooses orders too; may be traced.
+        `first` stays as it is: of what it names only kept blocks are visited early.
         """
         _check_type("mask", mask, BlockMask)
         expected = (*self.order.shape, *self.grid.blocks(self.block))
@@ -246,6 +267,7 @@ class AttentionPlan:
             f"AttentionPlan(order={shape}, grid={self.grid}, block={self.block}, quant={self.quant}, "
             f"bucket_edges={self.bucket_edges}, k_mean={'no' if self.k_mean is None else 'yes'}"
             + ("" if self.wide_quant is None else f", wide_quant={self.wide_quant}")
+            + ("" if self.first is None else f", first={getattr(self.first, 'shape', None)}")
             + ")"
         )
 

@@ -28,15 +28,16 @@ from paro_jax._grid import TokenGrid, check_block
 from paro_jax._plan import AttentionPlan, _check_edges
 from paro_jax._quant import QuantSpec
 
-SCHEMA = 2
-_READS = (1, 2)  # schema 1 knows fewer fields of quant and no wide_quant; what it lacks has the value it had then
+SCHEMA = 3
+# Schema 1 knows fewer fields of quant and no wide_quant, 2 no `first`; what they lack has the value it had then.
+_READS = (1, 2, 3)
 
 _KIND = "paro_jax.AttentionPlan"
 _NO_DIGEST = "0" * 64
 # In a .safetensors file the header is a JSON string inside JSON, so its quotes are escaped there.
 _DIGEST = re.compile(rb'\\?"sha256\\?":\\?"([0-9a-f]{64})\\?"')
-_DTYPES = {"order": "int8", "keep_bits": "uint8", "k_mean": "float32", "wide": "bool"}
-_OPTIONAL = ("k_mean", "wide")
+_DTYPES = {"order": "int8", "keep_bits": "uint8", "k_mean": "float32", "wide": "bool", "first": "uint16"}
+_OPTIONAL = ("k_mean", "wide", "first")
 
 Arrays = dict[str, np.ndarray]
 
@@ -214,7 +215,8 @@ def _check(header: dict[str, Any], arrays: Arrays, path: Any) -> AttentionPlan:
     if set(arrays) - set(_DTYPES):
         raise wrong("arrays", f"only {', '.join(_DTYPES)}", ", ".join(sorted(set(arrays) - set(_DTYPES))))
 
-    order, bits, k_mean, wide = arrays["order"], arrays["keep_bits"], arrays.get("k_mean"), arrays.get("wide")
+    order, bits = arrays["order"], arrays["keep_bits"]
+    k_mean, wide, first = (arrays.get(name) for name in _OPTIONAL)
     if not 1 <= order.ndim <= 3 or order.size == 0:
         raise wrong("order", "shape [*lead, heads] with at most two leading axes", list(order.shape))
     if order.min() < 0 or order.max() >= len(names):
@@ -234,6 +236,10 @@ def _check(header: dict[str, Any], arrays: Arrays, path: Any) -> AttentionPlan:
     if (wide is None) != (wide_quant is None) or (wide is not None and wide.shape != order.shape[:-1]):
         found = "no array" if wide is None else f"{list(wide.shape)} and wide_quant {header.get('wide_quant')}"
         raise wrong("wide", f"shape {list(order.shape[:-1])} with a wide_quant, or neither", found)
+    if first is not None and first.shape[:-1] != (*order.shape, nq):
+        raise wrong("first", f"shape {[*order.shape, nq, 'm']}", list(first.shape))
+    if first is not None and (first >= nk).any():
+        raise wrong("first", f"key blocks, 0 to {nk - 1}", f"up to {first.max()}")
     try:
         edges = _check_edges(header["bucket_edges"], order.shape[:-1])
     except (KeyError, ValueError) as error:
@@ -242,9 +248,9 @@ def _check(header: dict[str, Any], arrays: Arrays, path: Any) -> AttentionPlan:
     # Ids count along the names in the file; this version may list them in another sequence.
     ids = np.array([grid.order_id(name) for name in names], np.int8)[order]
     mean = None if k_mean is None else jnp.asarray(k_mean)
-    wide = None if wide is None else jnp.asarray(wide)
+    wide, first = (None if x is None else jnp.asarray(x) for x in (wide, first))
     return AttentionPlan(
-        jnp.asarray(ids), jnp.asarray(bits), mean, grid, block, grid.orders, quant, edges, wide, wide_quant
+        jnp.asarray(ids), jnp.asarray(bits), mean, grid, block, grid.orders, quant, edges, wide, wide_quant, first
     )
 
 

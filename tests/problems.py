@@ -75,10 +75,16 @@ def keep_blocks(kind: str, heads: int, nq: int, nk: int, seed: int = 0) -> np.nd
     return keep
 
 
-def schedule(keep: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """bool [heads, nq, nk] -> (count, index): kept blocks packed left, the rest of each row is junk."""
+def schedule(keep: np.ndarray, walk: str = "ascending") -> tuple[jax.Array, jax.Array]:
+    """bool [heads, nq, nk] -> (count, index): kept blocks packed left, the rest of each row is junk.
+
+    walk: "ascending", "reversed" or "shuffled", each row on its own.
+    """
     count = keep.sum(axis=-1)
-    index = np.argsort(~keep, axis=-1, kind="stable")
+    place = np.broadcast_to(np.arange(keep.shape[-1]), keep.shape)
+    if walk != "ascending":
+        place = {"reversed": -place, "shuffled": np.random.default_rng(4).permuted(place, axis=-1)}[walk]
+    index = np.argsort(np.where(keep, place, keep.shape[-1]), axis=-1, kind="stable")
     index = np.where(np.arange(keep.shape[-1]) < count[..., None], index, -7)  # ignored, whatever it is
     return jnp.asarray(count, jnp.int32), jnp.asarray(index, jnp.int32)
 
@@ -103,6 +109,7 @@ class Problem:
     v_group: str = "channel"
     permuted: bool = True
     seed: int = 0
+    walk: str = "ascending"
 
     @property
     def scale(self) -> float:
@@ -112,6 +119,12 @@ class Problem:
     def keep(self) -> np.ndarray:
         nq, nk = -(-self.q_tokens // self.block[0]), -(-self.kv_tokens // self.block[1])
         return keep_blocks(self.mask, self.heads, nq, nk, self.seed)
+
+    @property
+    def walks(self) -> list[list[int]]:
+        """The kept blocks of each row of each head, as they are walked."""
+        count, index = map(np.asarray, schedule(self.keep, self.walk))
+        return [index[at][:n].tolist() for at, n in np.ndenumerate(count)]
 
     @cached_property
     def elements(self) -> np.ndarray:
@@ -160,7 +173,7 @@ class Problem:
 
     def solve(self, implementation: str | None = None, **changed) -> tuple[jax.Array, jax.Array]:
         """(o, lse) of block_attention, model order; `changed` replaces operands or options."""
-        count, index = schedule(self.keep)
+        count, index = schedule(self.keep, self.walk)
         options = dict(
             block=self.block, scale=self.scale, slots=self.slots, qk=self.qk, pv=self.pv, p_scale=self.p_scale,
             implementation=implementation, return_residual=True, count=count, index=index,
@@ -284,8 +297,9 @@ def emulated(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     q, k = (stored[x].astype(integers.get(problem.qk, np.float64)) for x in "qk")
     v = stored["v"].astype(integers.get(problem.pv, np.float64))
     out, lse = np.zeros(q.shape), np.full(q.shape[:3], -np.inf)
-    for b, h, i in np.ndindex(batch, heads, problem.keep.shape[1]):
-        rows, kept = slice(i * bq, (i + 1) * bq), np.flatnonzero(problem.keep[h, i])
+    nq, walks = problem.keep.shape[1], problem.walks
+    for b, h, i in np.ndindex(batch, heads, nq):
+        rows, kept = slice(i * bq, (i + 1) * bq), walks[h * nq + i]
         s = (q[b, h, rows] @ k[b, h].T) * q_scale[b, h, rows, None] * k_scale[b, h, None]
         blocks = [slice(j * bk, (j + 1) * bk) for j in kept]
         tops = [s[:, keys].max(axis=1, keepdims=True) for keys in blocks]

@@ -1,5 +1,6 @@
 """The verbs: what attention, arrange, project_in and attend compute, and that JAX's transformations go through."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -386,10 +387,28 @@ def test_a_step_and_a_site_inside_jit(rng):
 
 
 def test_an_exported_function_takes_the_plan_as_an_argument(rng):
-    plan, x = random_plan(rng), qkv(rng)
+    plan, x = random_plan(rng, first=np.full((HEADS, *GRID.blocks(BLOCK)[:1], 1), 3)), qkv(rng)
     exported = jax.export.export(jax.jit(lambda q, k, v, p: attention(q, k, v, plan=p)))(*x, plan)
-    other = random_plan(rng, density=0.3)
+    other = random_plan(rng, density=0.3, first=np.ones((HEADS, *GRID.blocks(BLOCK)[:1], 1), int))
     np.testing.assert_allclose(exported.call(*x, other), attention(*x, plan=other), atol=1e-6)
+
+
+@pytest.mark.parametrize("quant", [QuantSpec(), INT8, QuantSpec("int8", "int8", p_scale="running")], ids=str)
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_what_is_first_changes_no_result(rng, implementation, quant):
+    """121 tokens in blocks of 32: the last has 25, and is first where it is kept. One row keeps nothing."""
+    plan, x = random_plan(rng, quant=quant), qkv(rng)
+    keep = np.asarray(plan.mask().keep).copy()
+    keep[0, 0] = False
+    plan = plan.with_mask(BlockMask(keep, BLOCK))
+    last = np.full((*keep.shape[:2], 3), keep.shape[-1] - 1)
+    last[..., 1] = rng.integers(0, keep.shape[-1], keep.shape[:2])  # and the last again
+    ahead = replace(plan, first=jnp.asarray(last, jnp.uint16))
+    moved = (np.asarray(ahead.schedule()[1]) != np.asarray(plan.schedule()[1])).any()
+    assert moved == (quant.p_scale == "block")
+    options = dict(implementation=implementation, return_residual=True)
+    for a, b in zip(attention(*x, plan=ahead, **options), attention(*x, plan=plan, **options), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
 
 
 def test_numpy_inputs_and_the_default_scale(rng):

@@ -119,6 +119,10 @@ def test_calibrated_masks_differ_by_head_and_row_and_keep_their_density():
     assert len(rows) > 6
     assert len(set(map(str, plan.order_list()))) > 1 and plan.k_mean is not None
     assert cases.plan(case, "calibrated", 0.3, "bf16", "bf16").k_mean is None
+    others = [cases.plan(case, mask, 0.3, "int8", "int8") for mask in ("dense", "random")]  # for the same compiled call
+    assert {jax.tree.structure(other) for other in others} == {jax.tree.structure(plan)}
+    for other in others:
+        np.testing.assert_array_equal(other.schedule()[1], other.mask().schedule()[1])
     with pytest.raises(ValueError, match="density: expected at least 0.*got 0.01"):
         cases.plan(case, "calibrated", 0.01, "int8", "int8")
     q, k, v = cases.tensors(replace(case, batch=2))

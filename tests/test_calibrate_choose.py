@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import BLOCK, GRID, make, samples
 
+import calibrate
 from calibrate import _choose
 from paro_jax import TokenGrid
 
@@ -205,6 +207,28 @@ def test_retained_mass_is_the_best_a_budget_can_hold():
 def test_orders_within_a_millionth_are_equal():
     errors = np.array([[0.5 + 9e-7, 0.5 + 1.1e-6, 0.1], [0.5, 0.5, 0.1], [0.9, 0.5 - 1e-12, 0.2]])
     np.testing.assert_array_equal(_choose.orders(errors), [0, 1, 0])
+
+
+def test_the_heaviest_kept_block_of_a_row():
+    share = np.array([[[0.5, 0.3, 0.2], [0.1, 0.8, 0.1], [0.25, 0.25, 0.5]]], np.float32)
+    keep = np.array([[[1, 1, 1], [1, 0, 1], [1, 1, 0]]], bool)
+    found = _choose.heaviest(share, keep)
+    assert found.dtype == np.uint16 and found.tolist() == [[[0], [0], [0]]]  # skipped ones are lighter than any
+    assert _choose.heaviest(share, keep[:, :, ::-1]).tolist() == [[[0], [0], [2]]]
+    assert _choose.heaviest(np.stack([share, share]), np.ones((2, 1, 3, 3), bool)).tolist() == 2 * [[[[0], [1], [2]]]]
+
+
+@pytest.mark.parametrize("rule", ["global", "row", "error"])
+def test_a_plan_knows_the_heaviest_kept_block_of_each_row(rule):
+    given = samples(prompts=2)
+    plan, _ = make(given, bucket_edges=(0.0, 0.5, 1.0), orders=["HWF"], rule=rule)
+    assert plan.first is not None and plan.first.shape == (2, 2, 2, 4, 1)
+    for (bucket, site), step in zip(np.ndindex(2, 2), (0.1, 0.1, 0.6, 0.6), strict=True):
+        alike = [x for x in given if (x.step, x.site) == (step, site)]
+        mass = np.mean([calibrate.block_mass(x.q, x.k, GRID, "HWF", BLOCK) for x in alike], axis=0)
+        expected = np.where(plan.mask().keep[bucket, site], mass, -1).argmax(-1)
+        np.testing.assert_array_equal(plan.first[bucket, site, ..., 0], expected)
+    assert make(given)[0].first.shape == (2, 2, 4, 1)
 
 
 def test_an_unknown_rule():

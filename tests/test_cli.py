@@ -40,7 +40,8 @@ def plan_file(tmp_path_factory):
     keep[..., 0] = True
     order = rng.choice(np.array(GRID.orders), (2, 3, 2)).tolist()
     mask = paro_jax.BlockMask(keep, (16, 16))
-    plan = paro_jax.AttentionPlan.build(GRID, order=order, mask=mask, bucket_edges=(0.0, 0.5, 1.0))
+    first = rng.integers(0, nk, (2, 3, 2, nq, 1))
+    plan = paro_jax.AttentionPlan.build(GRID, order=order, mask=mask, bucket_edges=(0.0, 0.5, 1.0), first=first)
     path = tmp_path_factory.mktemp("plan") / "plan.safetensors"
     paro_jax.save_plan(plan, path, model="a test model", provenance={"prompts": 2})
     return path, plan, keep, np.array(order)
@@ -274,6 +275,7 @@ def test_inspect_says_what_the_plan_holds(capsys, plan_file):
         assert [str(g), str(s), str(h), order[g, s, h], f"{keep[g, s, h].mean():.4g}"] in [
             line.split() for line in out.splitlines()
         ]
+    assert "1 heaviest of each row" in out
     assert f"mask of bucket 1, site 2, head 1, in order {order[1, 2, 1]}" in out
     assert paro_jax.BlockMask(keep[1, 2, 1], (16, 16)).draw() in out
 

@@ -45,6 +45,20 @@ def test_the_schedule_lists_kept_blocks_ascending(keep):
         assert index[row][: count[row]].tolist() == np.flatnonzero(keep[row]).tolist()
 
 
+@given(masks(), st.integers(1, 4), st.integers(0, 2**32 - 1))
+def test_what_is_first_comes_first_if_it_is_kept(keep, m, seed):
+    """Skipped blocks, repeats and numbers beyond the last block among it."""
+    nk = keep.shape[-1]
+    first = np.random.default_rng(seed).integers(0, nk + 2, (*keep.shape[:-1], m)).astype(np.uint16)
+    count, index = map(np.asarray, BlockMask(keep, (64, 64)).schedule(first))
+    np.testing.assert_array_equal(count, keep.sum(-1))
+    assert index.shape == keep.shape and ((index >= 0) & (index < nk)).all()
+    for row in np.ndindex(count.shape):
+        kept = np.flatnonzero(keep[row]).tolist()
+        ahead = [j for j in dict.fromkeys(first[row].tolist()) if j in kept]
+        assert index[row][: count[row]].tolist() == ahead + [j for j in kept if j not in ahead]
+
+
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
 def test_the_schedule_works_under_jit_and_vmap_for_any_lead(rng, lead):
     keep = rng.random((*lead, 4, 5, 9)) < 0.4
@@ -53,6 +67,11 @@ def test_the_schedule_works_under_jit_and_vmap_for_any_lead(rng, lead):
     np.testing.assert_array_equal(count, keep.sum(-1))
     again = jax.vmap(BlockMask.schedule)(mask)
     np.testing.assert_array_equal(again[1], index)
+    first = rng.integers(0, 9, (*lead, 4, 5, 2)).astype(np.uint16)
+    expected = mask.schedule(first)[1]
+    assert (expected != index).any()
+    for schedule in (jax.jit(BlockMask.schedule), jax.vmap(BlockMask.schedule)):
+        np.testing.assert_array_equal(schedule(mask, first)[1], expected)
 
 
 @given(masks())
@@ -127,6 +146,10 @@ def test_bad_input_is_refused(says):
     with says("block", "two positive ints", "(64, 0)"):
         BlockMask.unpack(bits, nk=16, block=(64, 0))
     mask = BlockMask(np.ones((2, 2), bool), (64, 64))
+    with says("first", "integers [2, 'm']", "int32 [3, 1]"):
+        mask.schedule(np.zeros((3, 1), np.int32))
+    with says("first", "integers", "float32"):
+        mask.schedule(np.zeros((2, 1), np.float32))
     with says("equal blocks", "(64, 64)", "(64, 128)"):
         mask & BlockMask(np.ones((2, 2), bool), (64, 128))
     with says("BlockMask", "(64, 64)", "True"):

@@ -1,5 +1,7 @@
 """AttentionPlan: building, peeling, steps, and that it is an ordinary pytree."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,11 @@ def random_plan(rng, lead=(), heads=3, density=0.5, **settings) -> AttentionPlan
     keep = rng.random((*lead, heads, NQ, NK)) < density
     order = rng.choice(GRID.orders, (*lead, heads)).tolist()
     return AttentionPlan.build(GRID, order=order, mask=BlockMask(keep, BLOCK), **settings)
+
+
+def first_of(rng, lead=(), heads=3, m=2) -> np.ndarray:
+    """Any blocks, skipped ones and repeats among them."""
+    return rng.integers(0, NK, (*lead, heads, NQ, m))
 
 
 def same(a: AttentionPlan, b: AttentionPlan) -> bool:
@@ -86,23 +93,43 @@ def test_bits_are_an_eighth_of_the_blocks():
 
 
 def test_with_mask_replaces_the_mask_and_nothing_else(rng):
-    plan = random_plan(rng, k_mean=rng.normal(size=(3, 8)), quant=QuantSpec(qk="int8"))
+    plan = random_plan(rng, k_mean=rng.normal(size=(3, 8)), quant=QuantSpec(qk="int8"), first=first_of(rng))
     other = BlockMask(rng.random((3, NQ, NK)) < 0.5, BLOCK)
     both = plan.with_mask(plan.mask() & other)
     np.testing.assert_array_equal(both.mask().keep, plan.mask().keep & other.keep)
     assert same(both.with_mask(plan.mask()), plan)
 
 
+def test_the_schedule_puts_what_is_first_first(rng):
+    """But for what the mask skips, and where P is rounded relative to the running maximum."""
+    first = first_of(rng)
+    plan = random_plan(rng, density=1.0, first=first)
+    assert plan.first.dtype == jnp.uint16 and plan.nbytes == plan.order.nbytes + plan.keep_bits.nbytes + 2 * first.size
+    for one in (plan, plan.with_mask(BlockMask(rng.random((3, NQ, NK)) < 0.8, BLOCK))):
+        expected = one.mask().schedule(first)
+        assert (expected[1] != one.mask().schedule()[1]).any()
+        for quant, walk in (
+            (QuantSpec(), expected),
+            (QuantSpec("int8", "int8"), expected),
+            (QuantSpec("int8", p_scale="running"), expected),
+            (QuantSpec("int8", "int8", p_scale="running"), one.mask().schedule()),
+        ):
+            for found, wanted in zip(replace(one, quant=quant).schedule(), walk, strict=True):
+                np.testing.assert_array_equal(found, wanted)
+
+
 # --- peeling and steps ----------------------------------------------------------------------------------------------
 
 
 def test_peeling_takes_one_leading_axis(rng):
-    plan = random_plan(rng, lead=(2, 4), bucket_edges=(0.0, 0.5, 1.0))
+    first = first_of(rng, (2, 4))
+    plan = random_plan(rng, lead=(2, 4), bucket_edges=(0.0, 0.5, 1.0), first=first)
     for g, s in np.ndindex(2, 4):
         one = plan[g][s]
         assert one.lead == () and one.bucket_edges == (0.0, 1.0)
         assert one.order_list() == plan.order_list()[g][s]
         np.testing.assert_array_equal(one.mask().keep, plan.mask().keep[g, s])
+        np.testing.assert_array_equal(one.first, first[g, s])
     assert same(plan[-1], plan[1]) and same(plan[np.int64(1)], plan[1])
     assert [p.lead for p in plan] == [(4,), (4,)]  # iteration ends
 
@@ -135,7 +162,7 @@ def test_at_step_takes_the_bucket_of_the_exact_floor(buckets, total):
 
 
 def test_at_step_takes_a_traced_step(rng):
-    plan = random_plan(rng, lead=(3, 2), bucket_edges=(0.0, 0.3, 0.5, 1.0))
+    plan = random_plan(rng, lead=(3, 2), bucket_edges=(0.0, 0.3, 0.5, 1.0), first=first_of(rng, (3, 2)))
     pick = jax.jit(lambda p, step: p.at_step(step, 30))
     for step in range(30):
         expected = plan[(step >= 9) + (step >= 15)]
@@ -154,7 +181,7 @@ def test_with_one_bucket_every_step_is_the_plan(rng, lead):
 
 
 def test_it_goes_through_jit_vmap_and_tree_map(rng):
-    plan = random_plan(rng, lead=(4,), k_mean=rng.normal(size=(4, 3, 8)))
+    plan = random_plan(rng, lead=(4,), k_mean=rng.normal(size=(4, 3, 8)), first=first_of(rng, (4,)))
     assert same(jax.jit(lambda p: p)(plan), plan)
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *plan)
     assert same(stacked, plan)
@@ -169,17 +196,17 @@ def test_other_masks_orders_and_means_do_not_recompile_but_statics_do(rng):
     @jax.jit
     def f(plan):
         traces.append(plan.quant)
-        return plan.slots, plan.mask().schedule()
+        return plan.slots, plan.schedule()
 
     for _ in range(3):
-        f(random_plan(rng))
+        f(random_plan(rng, first=first_of(rng)))
     assert len(traces) == 1
-    f(random_plan(rng, quant=QuantSpec(qk="int8")))
+    f(random_plan(rng, first=first_of(rng), quant=QuantSpec(qk="int8")))
     assert len(traces) == 2
 
 
 def test_scan_over_stacked_plans_traces_attention_once(rng):
-    plan = random_plan(rng, lead=(4,), density=0.7)
+    plan = random_plan(rng, lead=(4,), density=0.7, first=first_of(rng, (4,)))
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, GRID.tokens, 3, 32))
     traces = []
 
@@ -196,7 +223,7 @@ def test_scan_over_stacked_plans_traces_attention_once(rng):
         expected = expected + paro_jax.attention(expected, k, v, plan=one)
     np.testing.assert_allclose(layers(q, plan), expected, atol=1e-5)
     once = len(traces)
-    layers(q, random_plan(rng, lead=(4,)))
+    layers(q, random_plan(rng, lead=(4,), first=first_of(rng, (4,))))
     assert len(traces) == once and set(traces) == {()}
 
 
@@ -211,6 +238,7 @@ def test_the_static_part_survives_json_for_an_exported_function(rng):
 def test_repr_is_short_and_survives_a_trace(rng):
     plan = random_plan(rng)
     assert "order=(3,)" in repr(plan) and "TokenGrid" in repr(plan) and len(repr(plan)) < 400
+    assert "first=(" not in repr(plan) and f"first=(3, {NQ}, 2)" in repr(random_plan(rng, first=first_of(rng)))
     jax.jit(lambda p: repr(p) and p)(plan)
 
 
@@ -235,6 +263,10 @@ FULL = BlockMask(np.ones((2, 3, NQ, NK), bool), BLOCK)
         (dict(order=[["FHW"] * 3] * 3), ("order", "[2, 3]", "[3, 3]")),
         (dict(k_mean=np.zeros((3, 8))), ("k_mean", "[2, 3, 'D']", "(3, 8)")),
         (dict(k_mean=np.full((2, 3, 8), np.nan)), ("k_mean", "finite", "NaN")),
+        (dict(first=np.zeros((3, NQ, 1), int)), ("first", f"[2, 3, {NQ}, 'm']", f"[3, {NQ}, 1]")),
+        (dict(first=np.zeros((2, 3, NQ, 1))), ("first", "integers", "float")),
+        (dict(first=np.full((2, 3, NQ, 1), NK)), ("first", f"0 to {NK - 1}", f"got {NK} to {NK}")),
+        (dict(first=np.full((2, 3, NQ, 1), -1)), ("first", f"0 to {NK - 1}", "got -1")),
         (dict(bucket_edges=(0.0, 0.5)), ("bucket_edges", "0.0 to 1.0", "(0.0, 0.5)")),
         (dict(bucket_edges=(0.0, 0.5, 0.5, 1.0)), ("bucket_edges", "increase", "0.5, 0.5")),
         (dict(bucket_edges=(0.0, 0.2, 0.5, 1.0)), ("bucket_edges", "(3, sites)", "(2,)")),

@@ -29,12 +29,14 @@ GRID = TokenGrid((3, 5, 7), text=16, bricks=((2, 2, 2),))
 NAMES = ["plan.safetensors", "plan"]  # one file, and a directory written by orbax
 
 
-def make_plan(seed=0, lead=(2,), k_mean=True, wide=None, **settings) -> AttentionPlan:
+def make_plan(seed=0, lead=(2,), k_mean=True, wide=None, first=True, **settings) -> AttentionPlan:
     rng = np.random.default_rng(seed)
     keep = rng.random((*lead, 3, *GRID.blocks((64, 32)))) < 0.5
     order = rng.choice(GRID.orders, (*lead, 3)).tolist()
     mean = rng.normal(size=(*lead, 3, 4)) if k_mean else None
-    plan = AttentionPlan.build(GRID, order=order, mask=BlockMask(keep, (64, 32)), k_mean=mean, **settings)
+    heaviest = rng.integers(0, keep.shape[-1], (*keep.shape[:-1], 1)) if first else None
+    mask = BlockMask(keep, (64, 32))
+    plan = AttentionPlan.build(GRID, order=order, mask=mask, k_mean=mean, first=heaviest, **settings)
     return plan if wide is None else plan.with_wide(*wide)
 
 
@@ -57,7 +59,7 @@ def left_in(folder: Path) -> set[str]:
     "settings",
     [
         dict(),
-        dict(lead=(), k_mean=False),
+        dict(lead=(), k_mean=False, first=False),
         dict(quant=recipes.SAGE_2, wide=(QuantSpec("int8", "int8"), np.array([True, False]))),
         dict(lead=(3, 2), bucket_edges=(0.0, 0.1, 0.3, 1.0), quant=QuantSpec("int8", "int4", smooth_k=False)),
     ],
@@ -76,7 +78,7 @@ def test_what_is_written_is_what_is_read(tmp_path, name, settings):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_plan_of_schema_1_loads(tmp_path, name):
     """As they were written before recipes: fewer fields of quant, no wide_quant."""
-    plan = make_plan(quant=QuantSpec("int8", "int4"))
+    plan = make_plan(quant=QuantSpec("int8", "int4"), first=False)
     header, arrays = header_and_arrays(plan)
     for field in ("smooth_q", "smooth_v", "qk_rotate"):
         del header["quant"][field]
@@ -84,6 +86,16 @@ def test_a_plan_of_schema_1_loads(tmp_path, name):
     header["schema"] = 1
     save = _plan_file._save_file if name.endswith("safetensors") else _plan_file._save_directory
     save(header, arrays, tmp_path / name)
+    assert same(load_plan(tmp_path / name), plan)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_plan_of_schema_2_loads(tmp_path, name):
+    """As they were written when no block was first."""
+    plan = make_plan(first=False, wide=(QuantSpec("int8", "int8"), np.array([True, False])))
+    header, arrays = header_and_arrays(plan)
+    save = _plan_file._save_file if name.endswith("safetensors") else _plan_file._save_directory
+    save(header | {"schema": 2}, arrays, tmp_path / name)
     assert same(load_plan(tmp_path / name), plan)
 
 
@@ -107,7 +119,7 @@ def test_info_is_the_header_in_plain_values(tmp_path, name):
     save_plan(plan, tmp_path / name, model="demo", provenance=provenance)
     info = plan_info(tmp_path / name)
     json.dumps(info)
-    assert info["model"] == "demo" and info["schema"] == 2 and info["order_names"] == list(GRID.orders)
+    assert info["model"] == "demo" and info["schema"] == 3 and info["order_names"] == list(GRID.orders)
     plain = {"samples": 8, "density": 0.5, "path": "x", "edges": [0, 1], "sha256": "0" * 64}
     assert info["provenance"] == plain
     assert info["grid"] == {
@@ -245,11 +257,7 @@ def test_other_files_are_not_plans(tmp_path, says):
 
 
 def header_and_arrays(plan):
-    arrays = {
-        name: np.asarray(getattr(plan, name))
-        for name in ("order", "keep_bits", "k_mean")
-        if name != "k_mean" or plan.k_mean is not None
-    }
+    arrays = {name: np.asarray(getattr(plan, name)) for name in _plan_file._DTYPES if getattr(plan, name) is not None}
     return json.loads(json.dumps(_plan_file._header(plan, arrays, "m", {}))), arrays
 
 
@@ -272,7 +280,7 @@ def set_array(name, change):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (set_header(schema=3), ("schema", "expected 2", "found 3", "Upgrade")),
+        (set_header(schema=4), ("schema", "expected 3", "found 4", "Upgrade")),
         (set_header(schema=True), ("schema", "True")),
         (set_header(wide_quant={"qk": "int8"}), ("wide", "[2]", "no array")),
         (set_array("wide", lambda _: np.ones(2, bool)), ("wide", "with a wide_quant")),
@@ -301,6 +309,9 @@ def set_array(name, change):
         (set_array("k_mean", lambda x: x[0]), ("k_mean", "[2, 3, 'head_dim']", "[3, 4]")),
         (set_array("k_mean", lambda x: x * np.float32("nan")), ("k_mean", "finite", "NaN")),
         (set_array("k_mean", lambda x: x.astype(np.float16)), ("k_mean", "float32", "float16")),
+        (set_array("first", lambda x: x[0]), ("first", "[2, 3, 2, 'm']", "[3, 2, 1]")),
+        (set_array("first", lambda x: x + np.uint16(4)), ("first", "key blocks, 0 to 3", "up to ")),
+        (set_array("first", lambda x: x.astype(np.int32)), ("first", "uint16", "int32")),
         (set_array("extra", lambda x: np.zeros(2)), ("arrays", "only order", "extra")),
     ],
 )

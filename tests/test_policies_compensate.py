@@ -9,7 +9,7 @@ import pytest
 
 import paro_jax
 from paro_jax import AttentionPlan, BlockMask, QuantSpec, TokenGrid
-from paro_jax.policies import _compensate, compensated_attention
+from paro_jax.policies import _compensate, compensated_attention, masked_attention
 
 GRID = TokenGrid((4, 4, 6), text=5)  # 101 tokens: partial blocks in queries and keys
 BLOCK = (16, 8)
@@ -59,6 +59,17 @@ def test_it_is_its_definition():
     plan = plan_of()
     expected = by_definition(q, k, v, plan, 0.7)
     np.testing.assert_allclose(compensated_attention(q, k, v, plan=plan, scale=0.7), expected, atol=2e-5)
+
+
+def test_no_walk_changes_it_nor_attention_under_a_policys_mask():
+    x, (nq, nk) = qkv(), GRID.blocks(BLOCK)
+    plans = plan_of(first=np.random.default_rng(0).integers(0, nk, (HEADS, nq, 2))), plan_of()
+    assert (plans[0].schedule()[1] != plans[1].schedule()[1]).any()
+    found, expected = (compensated_attention(*x, plan=plan) for plan in plans)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    mask = BlockMask(np.random.default_rng(1).random((BATCH, HEADS, nq, nk)) < 0.5, BLOCK)
+    found, expected = (masked_attention(*x, mask, plan=plan) for plan in plans)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
 def test_what_is_alike_is_not_missed():

@@ -21,7 +21,8 @@ mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisTyp
 tokens, heads = P("data", None, "model", None), P("model")
 
 for quant in (QuantSpec(), QuantSpec(qk="int8", pv="int8")):
-    plan = AttentionPlan.build(grid, order=order, mask=BlockMask(keep, (32, 32)), quant=quant)
+    first = rng.integers(0, keep.shape[-1], (*keep.shape[:2], 1))
+    plan = AttentionPlan.build(grid, order=order, mask=BlockMask(keep, (32, 32)), quant=quant, first=first)
     f = lambda q, k, v, plan: attention(q, k, v, plan=plan, return_residual=True)
     expected = f(q, k, v, plan)
     # A plan shards over heads as one prefix: every one of its arrays has the heads first.

@@ -65,12 +65,14 @@ def block_attention(
 
     q [B, H, Nq, D]; k, v [B, H, Nk, D]: kernel order, at their stored width: float32, bfloat16 or float16 for "bf16",
     int8 for "int8" and "int4", float8_e4m3fn for "fp8", bfloat16 for "fp4", which has no scales beside its values.
-    count int32 [H, nq]; index int32 [H, nq, nk]: the kept key blocks of each query block, packed left, ascending;
-    entries past count are ignored. nq = ceil(Nq / bq), nk = ceil(Nk / bk). Traced values out of range are clamped.
+    count int32 [H, nq]; index int32 [H, nq, nk]: the kept key blocks of each query block, packed left, in the sequence
+    in which they are walked, none twice; entries past count are ignored. nq = ceil(Nq / bq), nk = ceil(Nk / bk). Traced
+    values out of range are clamped. A walk changes the result by rounding alone.
     slots int32 [H, Nq]: kernel slot -> model token of the queries; None: kernel order is model order.
     q_scale f32 [B, H, Nq] or [B, H, nq]; k_scale f32 [B, H, Nk] or [B, H, nk]; v_scale f32 [B, H, 1, D] or
     [B, H, nk, D]: what a stored value is multiplied by, per token or block (v: per channel, or block and channel).
-    p_scale: P is rounded relative to its row's maximum in the key block ("block") or to the running one ("running").
+    p_scale: P is rounded relative to its row's maximum in the key block ("block") or to the running one ("running"),
+    that over the blocks walked so far.
     delta f32 [B, H, nq, Nk]: added to q k^T of all queries of a block, before `scale` (SageAttention2's delta S, arXiv
     2411.10958: what q k^T lacks when a block's mean query was subtracted; as there, nq Nk numbers a head).
     layout: "rows", or that of `arrange` which made the operands (it says what they look like), "hopper",
@@ -256,10 +258,10 @@ def _require_schedule(count: jax.Array, index: jax.Array, nk: int) -> None:
             f"kept key blocks 0 to {nk - 1} in the first `count` entries",
             f"{indices.min()} to {indices.max()}",
         )
-    if not ((indices[..., 1:] > indices[..., :-1]) | ~used[..., 1:]).all():
-        raise mistake(
-            "index", "kept key blocks ascending without repeats", "a row out of order", "BlockMask.schedule() makes it."
-        )
+    # Entries past count become numbers of their own, so that only a repeat is equal to its neighbour.
+    walked = np.sort(np.where(used, indices, np.arange(nk, 2 * nk, dtype=indices.dtype)), axis=-1)
+    if (walked[..., 1:] == walked[..., :-1]).any():
+        raise mistake("index", "each kept key block once", "a row with a repeat", "BlockMask.schedule() makes it.")
 
 
 def _require_scales(argument: str, scales: Any, widths: str, width: str, shapes: list[tuple[int, ...]]) -> None:

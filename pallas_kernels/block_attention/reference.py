@@ -84,14 +84,14 @@ def run(
     scores = scores.reshape(batch, heads, nq_tokens, nk, bk)
     scores = jnp.where(keep_rows[..., None], scores, -jnp.inf)
 
-    # The reference maximum of each key block: its own, or the running one over the blocks kept so far.
+    # The reference maximum of each key block: its own, or the running one over the blocks walked so far.
     block_max = jnp.where(keep_rows, scores.max(axis=-1), -jnp.inf)
     row_max = jax.lax.stop_gradient(block_max.max(axis=-1, keepdims=True))
     row_max = jnp.where(row_max == -jnp.inf, 0.0, row_max)
     if pv == "bf16":
         reference_max = jnp.broadcast_to(row_max, block_max.shape)
     else:
-        reference_max = block_max if p_scale == "block" else jax.lax.cummax(block_max, axis=3)
+        reference_max = block_max if p_scale == "block" else running_max(block_max, jnp.clip(index, 0, nk - 1), bq)
         reference_max = jnp.where(keep_rows, reference_max, 0.0)
     weight = jnp.where(keep_rows, jnp.exp2(reference_max - row_max), 0.0)  # re-weights a block to the row's maximum
 
@@ -113,6 +113,18 @@ def run(
     levels = WIDTHS[pv].p_levels
     lse = jnp.where(some, math.log(2) * (row_max[..., 0] + jnp.log2(safe_sum / levels)), -jnp.inf)
     return to_model_order(o, slots).astype(out_dtype), to_model_order(lse[..., None], slots)[..., 0]
+
+
+def running_max(block_max: jax.Array, index: jax.Array, bq: int) -> jax.Array:
+    """Of f32 [B, H, Nq, nk], for each key block the largest so far where a row's blocks are walked as `index` has them.
+
+    Entries past a row's count may be any blocks: they come last, and of a block that is skipped nothing is read.
+    """
+    walk = jnp.broadcast_to(jnp.repeat(index, bq, axis=1)[None, :, : block_max.shape[2]], block_max.shape)
+    walked = jax.lax.cummax(jnp.take_along_axis(block_max, walk, axis=3), axis=3)
+    place = jnp.argmax(index[..., None, :] == jnp.arange(index.shape[2])[None, None, :, None], axis=-1)
+    place = jnp.broadcast_to(jnp.repeat(place, bq, axis=1)[None, :, : block_max.shape[2]], block_max.shape)
+    return jnp.take_along_axis(walked, place, axis=3)
 
 
 def to_model_order(x: jax.Array, slots: jax.Array | None) -> jax.Array:

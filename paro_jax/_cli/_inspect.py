@@ -80,6 +80,7 @@ def _summary(plan: AttentionPlan, keep: np.ndarray, info: dict, path: Path) -> d
         "bucket edges": plan.bucket_edges,
         "widths": quant,
         "calibrated K mean": plan.k_mean is not None,
+        "visited first": "none" if plan.first is None else f"{plan.first.shape[-1]} heaviest of each row",
         "density": plan.density,
         "size": f"{plan.nbytes / 1e6:.3g} MB",
     }

@@ -112,7 +112,7 @@ def kernel(
         jax.block_until_ready(arrange(x, plan=plan, role=role, implementation=settings.backend))
         for role, x in zip(_ROLES, cases.tensors(case), strict=True)
     )
-    schedule = jax.block_until_ready((*plan.mask().schedule(), plan.slots))
+    schedule = jax.block_until_ready((*plan.schedule(), plan.slots))
     return _kernel_call(settings.backend, tiles), (q, k, v, plan, schedule), plan, tiles and asdict(tiles)
 
 
