@@ -10,7 +10,9 @@ import numpy as np
 from problems import Problem, schedule
 
 from pallas_kernels._check import WIDTHS
+from pallas_kernels._choose import Request
 from pallas_kernels._registers import LEVEL, MAGIC
+from pallas_kernels.block_attention import hopper
 from pallas_kernels.block_attention._hopper import FAR
 
 f32 = np.float32
@@ -32,7 +34,7 @@ def integers(problem: Problem, cubics: int, **changed) -> tuple[np.ndarray, np.n
     unit = 16.0 if problem.qk == "int4" else 1.0  # what 1 is stored as
     height = math.log2(WIDTHS[problem.pv].p_levels * LEVEL)
     (bq, bk), (batch, heads, tokens, dim) = problem.block, operands["q"].shape
-    count, index = map(np.asarray, schedule(problem.keep))
+    count, index = map(np.asarray, schedule(problem.keep, problem.walk))
     pairs = bk // 4
     places = [(2 * i + 1) * pairs // cubics for i in range(cubics // 2)]
     column = np.arange(bk)
@@ -61,9 +63,22 @@ def integers(problem: Problem, cubics: int, **changed) -> tuple[np.ndarray, np.n
             gained = largest * factor - reference - height
             weight = np.exp2(own - rising - gained) if problem.p_scale == "block" else 1.0
             fade = np.exp2(top - rising)
-            acc = acc * fade + weight * (p @ operands["v"][b, h, keys].astype(np.float64))
+            product = p @ operands["v"][b, h, keys].astype(np.float64)
+            by_block = operands["v_scale"].shape[2] > 1
+            acc = acc * fade + weight * product * operands["v_scale"][b, h, block if by_block else 0]
             total, top = total * fade + weight * p.sum(), rising
         if total:
-            o[b, h, row] = acc / total * operands["v_scale"][b, h, 0]
+            o[b, h, row] = acc / total
             lse[b, h, row] = math.log(2) * (top + np.log2(total / WIDTHS[problem.pv].p_levels))
     return problem.to_model(o), problem.to_model(lse)
+
+
+def emulated(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """What the kernel is to give: those integers where it has some, else the reference's numbers."""
+    if {problem.qk, problem.pv} <= {"int8", "int4"} and problem.k_group != "row":
+        request = Request(
+            "block_attention", problem.batch, problem.heads, problem.q_tokens, problem.kv_tokens, problem.head_dim,
+            problem.dtype, problem.block, problem.qk, problem.pv, problem.p_scale, "sm_90",
+        )  # fmt: skip
+        return integers(problem, hopper.candidates(request)[0].cubics)
+    return tuple(np.asarray(x, np.float64) for x in problem.solve("reference"))

@@ -1,7 +1,7 @@
 """The Hopper kernel itself: one warpgroup that fetches, two that multiply. `hopper.py` says what it is about.
 
-Words: a row of the mask is a query block with its list of kept key blocks; a step is one key block of a list, or half of
-one; an item is what a program does between two draws: 128 query tokens, one row or two.
+Words: a row of the mask is a query block with its list of kept key blocks; a step is one key block of a list, or half
+of one; an item is what a program does between two draws: 128 query tokens, one row or two.
 """
 
 import math
@@ -487,9 +487,7 @@ class Call:
             s, s_top, factor = scores(slot)
             # Rounded, for good: contracted with a difference below it would be another number.
             block_top = lax.optimization_barrier((s_top - MAGIC if folded else s_top) * factor)
-            *accs, total, top = _registers.rescaled(
-                (*accs, total), top, block_top, slack, interpreted=self.interpreted
-            )
+            *accs, total, top = _registers.rescaled((*accs, total), top, block_top, slack, interpreted=self.interpreted)
             # A block 128 halvings behind has P = 0, like one further behind.
             behind = None if local else jnp.minimum(top - block_top, 128.0)
             x, gained = exponents(s, s_top, factor, behind)

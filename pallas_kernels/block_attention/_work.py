@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import _registers
 
-_TOGETHER = 32 * 2**20  # bytes of K and V that programs may share at a time: they are read from L2, which holds 50 MB
+TOGETHER = 32 * 2**20  # bytes of K and V that programs may share at a time: they are read from L2, which holds 50 MB
 
 
 def in_order(count: jax.Array, batch: int, lists: int, head_bytes: int) -> tuple[jax.Array, jax.Array]:
@@ -29,7 +29,7 @@ def in_order(count: jax.Array, batch: int, lists: int, head_bytes: int) -> tuple
         rows = jnp.argsort(-count, axis=1, stable=True).astype(jnp.int32)
         cost = jnp.take_along_axis(count, rows[:, ::lists], axis=1)
     cost = jnp.broadcast_to(cost[:, None], (heads, batch, cost.shape[1])).reshape(heads * batch, -1)
-    group = jnp.arange(heads * batch, dtype=jnp.int32) // max(1, _TOGETHER // head_bytes)
+    group = jnp.arange(heads * batch, dtype=jnp.int32) // max(1, TOGETHER // head_bytes)
     order = jnp.lexsort((-cost.reshape(-1), jnp.repeat(group, cost.shape[1])))
     return rows, order.astype(jnp.int32)
 
