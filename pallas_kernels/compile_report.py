@@ -407,7 +407,7 @@ class _Instruction(NamedTuple):
 
 
 def main_loop(sass: str, wanted: Callable[[list[str]], list[str]] = tensor) -> Loop:
-    """The smallest loop with the most tensor instructions, or others that are wanted, in nvdisasm's text."""
+    """The innermost loop with the most tensor instructions, or others that are wanted, in nvdisasm's text."""
     code: list[_Instruction] = []
     labels: dict[str, int] = {}
     for line in sass.splitlines():
@@ -433,7 +433,7 @@ def main_loop(sass: str, wanted: Callable[[list[str]], list[str]] = tensor) -> L
     for i, start in jumps.items():
         if start <= i:
             heads.setdefault(start, []).append(i)
-    loops = []
+    loops: list[tuple[set[int], Loop]] = []
     for start, ends in heads.items():
         inside, todo = {start}, list(ends)
         while todo:  # what reaches the jump back without passing the start
@@ -443,8 +443,10 @@ def main_loop(sass: str, wanted: Callable[[list[str]], list[str]] = tensor) -> L
         if not wanted([code[i].name for i in sorted(inside)]):
             continue
         if path := _shortest(code, follow, start, ends, inside, wanted):
-            loops.append(Loop([code[i].name for i in path], [code[i].name for i in sorted(inside)]))
-    best = max(loops, key=lambda loop: (len(wanted(loop.instructions)), -len(loop.every)), default=None)
+            loops.append((inside, Loop([code[i].name for i in path], [code[i].name for i in sorted(inside)])))
+    # A program that does one item after another has a loop around it all.
+    inner = [loop for inside, loop in loops if not any(other < inside for other, _ in loops)]
+    best = max(inner, key=lambda loop: (len(wanted(loop.instructions)), -len(loop.every)), default=None)
     if best is None or not wanted(best.instructions):
         raise RuntimeError("the machine code has no loop with tensor instructions; an attention kernel's has one")
     return best

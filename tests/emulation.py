@@ -73,7 +73,7 @@ def integers(problem: Problem, cubics: int, **changed) -> tuple[np.ndarray, np.n
     return problem.to_model(o), problem.to_model(lse)
 
 
-def emulated(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+def hopper_numbers(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     """What the kernel is to give: those integers where it has some, else the reference's numbers."""
     if {problem.qk, problem.pv} <= {"int8", "int4"} and problem.k_group != "row":
         request = Request(

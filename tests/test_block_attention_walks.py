@@ -5,7 +5,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from emulation import emulated
+from emulation import hopper_numbers
 from problems import Problem, assert_close, check, emulated
 from test_ampere import mma_on_a_cpu  # noqa: F401  (a fixture of this module too)
 from test_block_attention_uses import IMPLEMENTATIONS, dense_oracle
@@ -70,4 +70,4 @@ KERNELS = {
 def test_a_kernel_takes_the_walk(backend, device, case):
     problem = Problem(heads=1, q_tokens=70, kv_tokens=130, mask="ones", walk="reversed", **KERNELS[case])
     with interpret(device):
-        check(problem, backend, emulated(problem) if backend == "hopper" else None)
+        check(problem, backend, hopper_numbers(problem) if backend == "hopper" else None)

@@ -1,8 +1,8 @@
 """How long a launch takes by the order in which its items are begun: `python -m pallas_kernels.bench.launch`.
 
-Arithmetic, no timing: 132 cores, each doing one item after another; an item takes a step for each kept block, and `lost`
-steps in which its core multiplies nothing. A program that ends with its item loses the launch, the first fetch and the
-way out; one that goes on to its next item fetches that while it still multiplies.
+Arithmetic, no timing: 132 cores, each doing one item after another; an item takes a step for each kept block, and some
+steps (LOST) in which its core multiplies nothing. A program that ends with its item loses the launch, the first fetch
+and the way out; one that goes on to its next item fetches that while it still multiplies.
 """
 
 import argparse
