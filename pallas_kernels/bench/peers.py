@@ -132,6 +132,9 @@ PEERS = (
 )
 
 
+FOLDER = "paro-bench-"  # how the names of `Torch`'s folders start
+
+
 class Torch:
     """PyTorch's attention, by `torch_peer.py` in a process of its own: another Python if need be, memory apart.
 
@@ -142,11 +145,12 @@ class Torch:
 
     def __init__(self, python: str):
         self.python, self.process = python, None
-        self.folder = tempfile.TemporaryDirectory(prefix="paro-bench-")
+        # By the number of this process: whoever ends it by force removes the folder.
+        self.folder = tempfile.TemporaryDirectory(prefix=f"{FOLDER}{os.getpid()}-")
         self.written: tuple[Any, ...] = ()
 
     def ask(self, name: str, problem: Problem, seconds: float) -> dict[str, Any]:
-        """{"ms", "low_ms", ..., "out": [B, N, H, D]}, or {"missing": why}, or {"failed": why}."""
+        """{"ms", "low_ms", ..., "out": [1, N, H, D], of the last batch entry}, or {"missing": why}, or {"failed": why}."""
         folder = Path(self.folder.name)
         tensors = (problem.q, problem.k, problem.v)
         if not (len(self.written) == 3 and all(a is b for a, b in zip(self.written, tensors, strict=True))):

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,10 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from pallas_kernels.bench.peers import FOLDER
 from paro_jax.bench.jobs import Job, Settings
 
 Row = dict[str, Any]
@@ -75,6 +78,8 @@ class Worker:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+            for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}{self.process.pid}-*"):
+                shutil.rmtree(folder, ignore_errors=True)  # tensors for PyTorch
             if self.reader is not None:  # it ends with the stream
                 self.reader.join(timeout=5)
             for stream in (self.process.stdin, self.process.stdout):
