@@ -109,12 +109,12 @@ def test_the_workloads_are_whole_on_a_gpu_and_targets_are_listed(capsys, tmp_pat
     facts = dict(status="measured", ms=1.0, low_ms=1.0, high_ms=1.0, tops=5.0, rate=1.0, dtype="bfloat16")
     toy.says = lambda job: {
         **facts, "of": job.name, "kept_density": job.density, "kept_blocks": job.tokens,
-        "overhead_of_dense_attention": 0.0,
+        "overhead_of_dense_attention": 0.0, "overhead_ms": 0.0,
     }  # fmt: skip
     assert command.main(["bench", "--json", "--out", str(tmp_path)]) == 0
     result = json.loads(capsys.readouterr().out)
     arguments = result["about"]["arguments"]
     assert (arguments["tokens"], arguments["dtype"], arguments["backend"]) == (None, "bfloat16", "hopper")
     assert arguments["block"] == [128, 128] and not arguments["quick"]
-    assert len(result["targets"]) == 10 and all(target["met"] is not None for target in result["targets"])
+    assert len(result["targets"]) == 12 and all(target["met"] is not None for target in result["targets"])
     assert (tmp_path / "bench.png").stat().st_size > 10_000

@@ -109,6 +109,17 @@ def test_block_attention_runs_with_the_tiles_of_the_table_and_every_tile_gives_t
     assert ran == [None, every[1], every[-1]]
 
 
+def test_tiles_that_are_no_candidate_are_a_mistake():
+    x = jnp.ones((1, 1, 64, 32))
+    call = partial(block_attention, x, x, x, *schedule(np.ones((1, 1, 1), bool)), block=(64, 64), scale=1.0)
+    (only,) = xla.candidates(replace(REQUEST, heads=1, q_tokens=64, kv_tokens=64))
+    for wrong in (replace(only, step=only.step + 1), asdict(only), 3):
+        with pytest.raises(ValueError, match=r"tiles: expected None or one of Tiles\(.*backend 'xla'.*got"):
+            call(tiles=wrong)
+    with pytest.raises(ValueError, match="tiles: expected None for backend 'reference'"):
+        call(tiles=only, implementation="reference")
+
+
 def test_the_command_writes_the_table(folders, monkeypatch, capsys, tmp_path):
     """With a stand-in for the process that measures: the second candidate is the fastest, the third fails."""
     asked = []

@@ -150,7 +150,7 @@ class Torch:
         self.written: tuple[Any, ...] = ()
 
     def ask(self, name: str, problem: Problem, seconds: float) -> dict[str, Any]:
-        """{"ms", "low_ms", ..., "out": [1, N, H, D], of the last batch entry}, or {"missing": why}, or {"failed": why}."""
+        """{"ms", "low_ms", ..., "out": the last batch entry, [1, N, H, D]}, {"missing": why} or {"failed": why}."""
         folder = Path(self.folder.name)
         tensors = (problem.q, problem.k, problem.v)
         if not (len(self.written) == 3 and all(a is b for a, b in zip(self.written, tensors, strict=True))):
@@ -179,7 +179,11 @@ class Torch:
             status = self.process.wait()
             self._stop()
             return {"failed": f"the process of {name} ended with status {status}"}
-        found = json.loads(line)
+        try:
+            found = json.loads(line)
+        except ValueError:
+            self._stop()
+            return {"failed": f"the process of {name} answered {line.strip()[:200]!r}; is {self.python} a Python?"}
         if "ms" in found:
             found["out"] = np.load(folder / "out.npy").swapaxes(1, 2)
         return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import signal
 import sys
 import time
@@ -117,7 +118,8 @@ def run(args: argparse.Namespace) -> int:
             return worker.ask(job, settings, limit)
 
         budget = None if args.budget is None else max(0.0, args.budget - (time.monotonic() - start))
-        rows = _run.run(plan, ask, limit=args.row_limit, budget=budget, known=known, note=_show.note, keep=keep)
+        note = _show.note if problem is None else lambda message: None  # that was said, and holds for every row
+        rows = _run.run(plan, ask, limit=args.row_limit, budget=budget, known=known, note=note, keep=keep)
     finally:
         worker.close()
         if result["rows"]:  # also of a run that is stopped
@@ -149,6 +151,8 @@ def _check(args: argparse.Namespace) -> None:
     for name in args.workloads or ():
         if name not in GRIDS:
             raise _show.UserError(f"--workloads: expected some of {', '.join(GRIDS)}; got {name!r}")
+    if shutil.which(args.torch_python) is None:
+        raise _show.UserError(f"--torch-python: expected a program, found none at {args.torch_python}")
     names = [backend.name for backend in BACKENDS]
     if args.backend is not None and args.backend not in names:
         raise _show.UserError(f"--backend: expected one of {', '.join(names)}; got {args.backend!r}")
@@ -311,18 +315,42 @@ def _shape(settings: Settings, workload: str) -> str:
 
 
 def _print(settings: Settings, result: Row) -> None:
-    """The whole result as tables, what decides last."""
+    """The whole result, what decides last."""
+    machine, rows = result["about"]["machine"], result["rows"]
+    _show.fields("", {k: v for k, v in machine.items() if not isinstance(v, dict)} | (machine.get("gpu") or {}))
+    if any(row["status"] == "measured" for row in rows):
+        _tables(settings, result)
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row["status"] != "measured":
+            reasons.setdefault(f"{row['status']}: {row['reason']}", []).append(row["job"])
+    for reason, some in reasons.items():
+        print(f"{reason} [{len(some)}: {'; '.join(some[:3])}{'; ...' if len(some) > 3 else ''}]")
+    notes = {row["timer_note"] for row in rows if row.get("timer_note")}
+    print("\n".join(f"timed on the host: {note}" for note in sorted(notes)))
+    if result["targets"]:
+        some = [
+            {**t, "target": f"{t['bound']} {t['target']:g}", "met": t["reason"][:90] if t["reason"] else t["met"]}
+            for t in result["targets"]
+        ]
+        _show.table("targets", some, ("name", "target", "measured", "kernel_alone", "met"))
+
+
+def _tables(settings: Settings, result: Row) -> None:
+    """The tables of rows, by kind and workload."""
     from paro_jax.bench import report
     from paro_jax.bench.cases import GRIDS
 
-    machine, rows = result["about"]["machine"], result["rows"]
-    _show.fields("", {k: v for k, v in machine.items() if not isinstance(v, dict)} | (machine.get("gpu") or {}))
+    rows = [
+        {**r, "widths": report.widths(r), "kept": r.get("kept_density")}
+        for r in result["rows"]
+        if r["status"] != "not reached"  # there can be hundreds
+    ]
     _show.table(
         "ceilings", [r for r in rows if r["kind"] == "ceiling"], ("name", "of", "rate", "unit", "timer", "status")
     )
     if result["drift"] is not None:
         print(f"drift: the last product ran at {result['drift']:.2f} of the first one's rate\n")
-    rows = [{**r, "widths": report.widths(r), "kept": r.get("kept_density")} for r in rows]
     places = {mask: i for i, mask in enumerate(("dense", "calibrated", "random"))}
     for name in GRIDS:
         some = [r for r in rows if r["kind"] in ("attention", "peer") and r["name"] == name]
@@ -334,7 +362,7 @@ def _print(settings: Settings, result: Row) -> None:
         _show.table(title + (f"; speedup over {over['contestant']}" if over else ""), some, columns)
     _show.table(
         "a whole layer: projections, attention, output",
-        [r for r in rows if r["kind"] == "path"],
+        sorted((r for r in rows if r["kind"] == "path"), key=lambda r: (list(GRIDS).index(r["name"]), r["qk"])),
         ("name", "widths", "kept", "ms", "dense_layer_ms", "layer_speedup", "overhead_ms",
          "overhead_of_dense_attention", "status"),
     )  # fmt: skip
@@ -345,19 +373,6 @@ def _print(settings: Settings, result: Row) -> None:
             f"time grows as kept blocks to the power {line['slope']:.3f}, where 1 is in proportion: "
             f"{line['least_ns_per_block']:,.0f} to {line['most_ns_per_block']:,.0f} ns a block\n"
         )
-    reasons: dict[str, list[str]] = {}
-    for row in rows:
-        if row["status"] != "measured":
-            reasons.setdefault(f"{row['status']}: {row['reason']}", []).append(row["job"])
-    for reason, some in reasons.items():
-        print(f"{reason} [{len(some)}: {'; '.join(some[:3])}{'; ...' if len(some) > 3 else ''}]")
-    notes = {row["timer_note"] for row in rows if row.get("timer_note")}
-    print("\n".join(f"timed on the host: {note}" for note in sorted(notes)))
-    if result["targets"]:
-        _show.table("targets", [
-            {**t, "target": f"{t['bound']} {t['target']:g}", "met": t["met"] if t["reason"] is None else t["reason"][:90]}
-            for t in result["targets"]
-        ], ("name", "target", "measured", "kernel_alone", "met"))  # fmt: skip
 
 
 _SAME = ("device", "backends_see", "python", "paro_jax", "commit", "jax", "jaxlib")

@@ -1,4 +1,4 @@
-"""What the kernels are to reach on an H100 or H200 at full size: each target, what was measured, met or not, or why not.
+"""What the kernels are to reach on an H100 or H200 at full size: what was measured, met or not, or why it was not.
 
 Our time is the kernel's plus what permuting, quantising and masks cost around it (`overhead_ms` of the workload's path
 rows); `kernel_alone` is the same figure without that.
