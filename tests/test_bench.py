@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 import types
 from dataclasses import asdict, replace
 
@@ -193,6 +194,8 @@ def test_a_peer_that_lacks_a_package_of_its_own_is_missing(monkeypatch):
     def prepare(problem):
         import no_such_package  # noqa: F401  # pyright: ignore[reportMissingImports]
 
+        raise AssertionError
+
     monkeypatch.setattr(peers, "PEERS", (peers.Peer("poor", ("bf16", "bf16"), lambda problem: None, prepare),))
     row = measure.measure(Job("peer", "cogvideox_5b", "poor"), SETTINGS, fake_timer)
     assert row["status"] == "missing" and "poor cannot be imported: No module named 'no_such_package'" in row["reason"]
@@ -246,6 +249,12 @@ def test_pytorch_that_is_not_installed_is_missing_by_name():
         assert "ended with status" in found["failed"]
     finally:
         gone.close()
+    rude = peers.Torch("echo")
+    try:
+        found = rude.ask("torch sdpa", peers.Problem(q, q, q, None, (64, 64), "cpu"), 0.0)
+        assert "torch_peer.py" in found["failed"] and "is echo a Python?" in found["failed"]
+    finally:
+        rude.close()
 
 
 @pytest.mark.parametrize("gpu", [False, True], ids=["host", "CUDA events"])
@@ -314,6 +323,15 @@ def test_jobs_come_by_importance_and_none_is_dropped():
     named = [str(job) for job in every]
     assert every[0].kind == "ceiling" and named[-1] == "ceiling again"
     assert named.index("flux_2048 peer cudnn fp8, dense") < named.index("wan_14b_720p peer cudnn bf16, dense")
+    # With all up to the last that a target asks for, no target is without a row; with one less, some are.
+    done = [{**job.facts, "status": "measured", "ms": 1.0, "kept_density": job.density, "kept_blocks": job.tokens,
+             "overhead_ms": 0.0, "overhead_of_dense_attention": 0.0} for job in every]  # fmt: skip
+    last = max(i for i, job in enumerate(every) if job.kind == "scaling")
+    assert last < 48
+    assert all(target["met"] is not None for target in targets.targets(done[: last + 1], "hopper"))
+    first = min(i for i, job in enumerate(every) if job.kind == "scaling")
+    lacking = [target["name"] for target in targets.targets(done[: first - 1], "hopper") if target["met"] is None]
+    assert len(lacking) == 2 and "FlexAttention" in lacking[0] and "kept blocks" in lacking[1]
     for peer in ("cudnn bf16", "cudnn fp8", "attention_mgpu", "tokamax", "torch sdpa"):
         assert sum(job.contestant == peer for job in every) == len(cases.GRIDS)
     ours = {(job.name, job.qk, job.pv, job.mask, job.density) for job in every if job.kind == "attention"}
@@ -365,19 +383,21 @@ def test_a_slow_row_fails_and_the_run_goes_on_and_the_status_tells():
 
 
 SCRIPT = """
-import json, os, sys, time
+import json, os, sys, tempfile, time
 print("chatter of a library", file=sys.stderr)
 def say(**x): print(json.dumps(x), flush=True)
 say(device="toy")
 for line in sys.stdin:
     job = json.loads(line)["job"]
     if job["name"] == "crash": print("Fatal: the end", file=sys.stderr, flush=True); os.abort()
-    if job["name"] == "hang": time.sleep(60)
+    if job["name"] == "hang": tempfile.mkdtemp(prefix=f"paro-bench-{os.getpid()}-"), time.sleep(60)
     say(**job, status="measured", pid=os.getpid(), poisoned=job["name"] == "poison")
 """
 
 
-def test_a_process_that_crashes_hangs_or_spoils_its_device_costs_one_row():
+def test_a_process_that_crashes_hangs_or_spoils_its_device_costs_one_row(monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     worker = Worker([sys.executable, "-c", SCRIPT])
     try:
         assert worker.machine() == {"device": "toy"}
@@ -388,6 +408,7 @@ def test_a_process_that_crashes_hangs_or_spoils_its_device_costs_one_row():
     assert ask["crash"]["status"] == "failed"
     assert "SIGABRT" in ask["crash"]["reason"] and "Fatal: the end" in ask["crash"]["reason"]
     assert ask["hang"]["status"] == "timed out" and "0.5 s" in ask["hang"]["reason"]
+    assert not list(tmp_path.iterdir())  # what a peer's tensors were written to goes with the process
     pids = [ask[name]["pid"] for name in ("one", "two", "three", "four", "poison", "five")]
     assert pids[0] == pids[1] and pids[3] == pids[4] and len(set(pids)) == 4
     assert Worker([sys.executable, "-c", "raise SystemExit('no driver')"]).machine()["problem"].endswith("no driver")
