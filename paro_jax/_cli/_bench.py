@@ -283,19 +283,20 @@ def _told(args: argparse.Namespace, settings: Settings, result: Row, rows: list[
         "linearity": report.linearity(rows),
         "targets": targets(rows, settings.backend) if _full(settings) else [],
     }
-    written = _written(file, result)
-    picture = file.with_suffix(".png")
-    try:
-        shapes = {name: _shape(settings, name) for name in dict.fromkeys(r["name"] for r in rows) if name in GRIDS}
-        title = f"{machine.get('device', 'no device')}, jax {machine.get('jax', '?')}, {machine.get('date', '?')}"
-        report.draw(rows, title, picture, shapes)
-    except OSError as error:
-        _show.note(f"{picture} cannot be written: {error.strerror or error}")
-        written = False
+    written, picture = _written(file, result), file.with_suffix(".png")
     if args.json:
         print(_show.dumps(result))
     else:
         _print(settings, result)
+    sys.stdout.flush()  # the tables do not wait for the chart
+    try:
+        shapes = {name: _shape(settings, name) for name in dict.fromkeys(r["name"] for r in rows) if name in GRIDS}
+        title = f"{machine.get('device', 'no device')}, jax {machine.get('jax', '?')}, {machine.get('date', '?')}"
+        report.draw(rows, title, picture, shapes)
+    except (OSError, ImportError) as error:  # a full disk, no matplotlib
+        _show.note(f"{picture} cannot be drawn: {error}")
+        written = False
+    if not args.json:
         print(f"in {args.out}: {file.name}, {picture.name}" if written else f"not all could be written to {args.out}")
     return status(rows) if written else 1
 

@@ -71,9 +71,7 @@ class _Rows:
 
     def ours(self, name: str, density: float, widths: dict[str, str]) -> Row:
         mask = "dense" if density == 1 else "calibrated"
-        return self.row(
-            kind="attention", name=name, contestant=self.backend, density=density, mask=mask, **widths
-        )  # fmt: skip
+        return self.row(kind="attention", name=name, contestant=self.backend, density=density, mask=mask, **widths)
 
     def path(self, name: str, widths: dict[str, str]) -> Row:
         return self.row(kind="path", name=name, contestant=self.backend, density=1.0, **widths)
@@ -119,9 +117,7 @@ class _Rows:
         return abs(line["slope"] - 1), None
 
 
-def _worst(
-    worst: Callable[..., float], pairs: Iterator[tuple[float, float]]
-) -> tuple[float, float]:  # fmt: skip
+def _worst(worst: Callable[..., float], pairs: Iterator[tuple[float, float]]) -> tuple[float, float]:
     every = list(pairs)
     if not every:
         raise _Lacking("no row of ours below full density")
