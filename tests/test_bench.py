@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.bench import ceilings, peers, timing, torch_peer
+from pallas_kernels.bench import ceilings, peers, timing
 from paro_jax.bench import cases, jobs, measure, report, run, targets
 from paro_jax.bench.jobs import Job, Settings
 from paro_jax.bench.worker import Worker
@@ -201,14 +201,6 @@ def test_a_peer_that_lacks_a_package_of_its_own_is_missing(monkeypatch):
     assert row["status"] == "missing" and "poor cannot be imported: No module named 'no_such_package'" in row["reason"]
 
 
-def test_of_a_compilers_output_the_error_is_told():
-    said = torch_peer.reason(
-        RuntimeError("C++ compile error\n" + "warning: dull\n" * 99 + "x.cpp:1: error: no f\nmore")
-    )
-    assert said.startswith("RuntimeError: C++ compile error warning") and said.endswith("... x.cpp:1: error: no f")
-    assert torch_peer.reason(KeyError("k")) == "KeyError: 'k'"
-
-
 @pytest.mark.parametrize("result", [jnp.zeros, lambda shape: jnp.full(shape, jnp.nan)], ids=["zeros", "NaN"])
 def test_a_wrong_result_is_a_failure_however_fast(monkeypatch, result):
     def prepare(problem):
@@ -227,90 +219,6 @@ def test_what_cannot_be_had_here_says_why():
     assert row["status"] == "missing" and "always kept" in row["reason"]
     row = measure.measure(replace(ATTENTION, contestant="hopper"), replace(SETTINGS, backend="hopper"), fake_timer)
     assert row["status"] == "missing" and "is not sm_90" in row["reason"] and run.status([row]) == 1
-
-
-def test_pytorch_that_is_not_installed_is_missing_by_name():
-    """By its real process, whose Python finds no torch."""
-    q = jnp.ones((1, 8, 1, 16))
-    torch = peers.Torch(sys.executable)
-    try:
-        found = torch.ask("torch sdpa", peers.Problem(q, q, q, None, (64, 64), "cpu"), 0.0)
-    finally:
-        torch.close()
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        assert "torch cannot be imported by" in found["missing"] and "--torch-python" in found["missing"]
-    else:
-        assert found["ms"] > 0
-    gone = peers.Torch("false")
-    try:
-        found = gone.ask("torch sdpa", peers.Problem(q, q, q, None, (64, 64), "cpu"), 0.0)
-        assert "ended with status" in found["failed"]
-    finally:
-        gone.close()
-    rude = peers.Torch("echo")
-    try:
-        found = rude.ask("torch sdpa", peers.Problem(q, q, q, None, (64, 64), "cpu"), 0.0)
-        assert "torch_peer.py" in found["failed"] and "is echo a Python?" in found["failed"]
-    finally:
-        rude.close()
-
-
-@pytest.mark.parametrize("gpu", [False, True], ids=["host", "CUDA events"])
-def test_pytorchs_times_with_a_stand_in(tmp_path, gpu):
-    class Tensor:
-        def __getitem__(self, which):
-            assert which == slice(-1, None)  # one batch entry is checked, and need not travel alone
-            return self
-
-        def float(self):
-            return self
-
-        cpu = float
-
-        def numpy(self):
-            return np.ones((1, 1, 2, 3), np.float32)
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            self.calls = len(used)
-
-        def elapsed_time(self, other):
-            return 7.0 * (other.calls - self.calls)
-
-    used, slept = [], []
-    cuda = types.SimpleNamespace(synchronize=lambda: None, Event=Event, _sleep=slept.append)
-    torch = types.SimpleNamespace(__version__="0", cuda=cuda)
-    job = {"gpu": gpu, "seconds": 0}
-    found = torch_peer.timed(torch, lambda x: used.append(x) or Tensor(), [["a"], ["b"]], job, tmp_path)
-    assert found["timer"] == ("events" if gpu else "host") and found["runs"] == 5 and len(slept) == gpu
-    assert 0 <= found["low_ms"] <= found["ms"] <= found["high_ms"] and (found["ms"] == 7.0 or not gpu)
-    assert set(used[1:]) == {"a", "b"} and used[3] != used[4] and np.load(tmp_path / "out.npy").shape == (1, 1, 2, 3)
-
-
-@pytest.mark.parametrize("name", ["cudnn bf16", "cudnn fp8", "attention_mgpu"])
-def test_peers_that_need_a_gpu_are_called_as_the_installed_jax_wants(monkeypatch, name):
-    """Traced, not run: their own checks of shapes, dtypes and arguments pass."""
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-    from jax.experimental.pallas.ops.gpu import attention_mgpu
-
-    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91900)
-    monkeypatch.setattr(attention_mgpu, "cuda_versions", types.SimpleNamespace(cuda_runtime_get_version=lambda: 13000))
-    q = jax.random.normal(jax.random.key(0), (2, 256, 3, 64), jnp.bfloat16)
-    problem = peers.Problem(q, q, q, None, (128, 128), "sm_90")
-    peer = next(p for p in peers.PEERS if p.name == name)
-    assert peer.why_not(problem) is None
-    function, arguments, factor = peer.prepare(problem)
-    found = jax.eval_shape(function, *arguments)
-    assert found.shape == q.shape and factor > 0
-    dtypes = {"cudnn bf16": jnp.bfloat16, "cudnn fp8": jnp.float8_e4m3fn, "attention_mgpu": jnp.float16}
-    assert found.dtype == dtypes[name]
-    odd = peer.why_not(replace(problem, q=q[:, :255]))
-    assert odd is None if name != "attention_mgpu" else "these are 255" in odd
 
 
 # --- the run --------------------------------------------------------------------------------------------------------
