@@ -57,6 +57,16 @@ def test_the_fastest_of_a_table_is_chosen_and_a_failed_one_never(folders):
     assert _tiles.measured(replace(REQUEST, device="sm_90"), HOPPER) is None  # another backend's row
 
 
+def test_a_call_whose_tiles_were_not_all_reached_keeps_its_older_row(folders):
+    a, b, *_ = xla.candidates(REQUEST)
+    rows = [
+        {**Job("tune", "w", "xla", tiles=asdict(tiles)).facts, "status": status, "reason": "late", "ms": 1.0}
+        for tiles, status in ((a, "measured"), (b, "not reached"))
+    ]
+    assert report.tile_rows(rows, lambda row: _tiles.key(REQUEST, "xla")) == []
+    assert len(report.tile_rows(rows[:1], lambda row: _tiles.key(REQUEST, "xla"))) == 1
+
+
 def test_the_nearest_length_speaks_and_new_rows_replace_their_own_only(folders):
     request = Request("block_attention", 1, 2, 4096, 4096, 128, "bfloat16", (128, 128), "int8", "int8", device="sm_90")
     a, b, *_ = hopper.candidates(request)

@@ -255,14 +255,18 @@ def _tuned(args: argparse.Namespace, settings: Settings, result: Row, rows: list
 
     table = report.tile_rows(rows, about)
     if not any("ms" in entry for row in table for entry in row["candidates"]):
-        raise _show.UserError(f"--tune: no tile could be measured: {rows[0]['reason'] if rows else 'there are none'}")
+        reason = next((row["reason"] for row in reversed(rows) if row["status"] != "measured"), "there are none")
+        raise _show.UserError(f"--tune: no call had all its tiles measured: {reason}")
     file = _tiles.write(table, result["about"]["machine"])
     if args.json:
         print(_show.dumps({**result, "table": str(file)}))
     else:
         shown = [{**row, "tiles": ", ".join(f"{k} {v}" for k, v in row["tiles"].items())} for row in rows]
         _show.table("tiles", shown, ("name", "qk", "pv", "tiles", "ms", "low_ms", "high_ms", "status"))
+        left = sum(row["status"] == "not reached" for row in rows)
         print(f"{file}: what calls on this device use from now on")
+        if left:
+            print(f"not reached: {left} tiles; the calls that could use them keep what they had (--resume goes on)")
     return status(rows)
 
 

@@ -74,14 +74,21 @@ def linearity(rows: Sequence[Row]) -> dict[str, float] | None:
 
 
 def tile_rows(rows: Sequence[Row], key: Callable[[Row], dict[str, Any]]) -> list[Row]:
-    """The table of tiles that rows of kind "tune" make, by request; a candidate that failed says why."""
+    """The table of tiles that rows of kind "tune" make, by request; a candidate that failed says why.
+
+    Without requests of which some candidate was not reached: a table that was complete speaks on.
+    """
     grouped: dict[str, Row] = {}
     for row in rows:
         about = key(row)
         group = grouped.setdefault(str(about), {**about, "candidates": []})
         facts = ("ms", "low_ms", "high_ms", "timer") if row["status"] == "measured" else ("status", "reason")
         group["candidates"].append({"tiles": row["tiles"], **{name: row.get(name) for name in facts}})
-    return list(grouped.values())
+    return [
+        group
+        for group in grouped.values()
+        if not any(entry.get("status") == "not reached" for entry in group["candidates"])
+    ]
 
 
 # --- the chart ------------------------------------------------------------------------------------------------------
