@@ -365,6 +365,13 @@ def test_targets_are_met_missed_or_not_measured_and_why():
     rows[-1] |= {"status": "failed", "reason": "hot", "job": "the last"}
     assert targets.targets(rows, "hopper")[-1]["reason"] == "not measured: the last: failed: hot"
     assert {target["met"] for target in targets.targets([], "hopper")} == {None}
+    flex = next(i for i, row in enumerate(rows) if row["contestant"] == "torch flex" and row["density"] == 0.2)
+    for ms, told in ((4.0, (4 / 5.25, False, "no; and not measured: ")), (6.0, (None, None, "not measured: "))):
+        some = [row for i, row in enumerate(rows) if i != flex]
+        some[flex - 1] = row("peer", "cogvideox_5b", "torch flex", ms)
+        (target,) = [t for t in targets.targets(some, "hopper") if "D 64: speed over FlexAttention" in t["name"]]
+        reason = told[2] + "no row: cogvideox_5b peer torch flex"
+        assert (target["measured"], target["met"], target["reason"]) == (*told[:2], reason)
 
 
 def test_rows_get_their_percent_and_speedup():
