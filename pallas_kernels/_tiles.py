@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+from pallas_kernels._check import mistake
 from pallas_kernels._choose import Backend, Request
 
 PACKAGE = Path(__file__).parent / "tiles"
@@ -61,6 +62,15 @@ def measured(request: Request, backend: Backend) -> Any | None:
         if distance <= math.log(_NEAR) and (best := fastest(rows[row], backend.candidates(request))):
             return best
     return None
+
+
+def candidate(tiles: Any, request: Request, backend: Backend) -> Any:
+    """`tiles`, which must be among the backend's candidates for this request; ValueError otherwise."""
+    every = () if backend.candidates is None else tuple(backend.candidates(request))
+    if tiles not in every:
+        some = f"None or one of {', '.join(map(str, every))}" if every else "None"
+        raise mistake("tiles", f"{some} for backend {backend.name!r} and {request}", repr(tiles))
+    return tiles
 
 
 def fastest(row: dict[str, Any], candidates: Sequence[Any]) -> Any | None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 import types
 from dataclasses import asdict, replace
 
@@ -10,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.bench import ceilings, peers, timing, torch_peer
-from paro_jax.bench import cases, jobs, measure, report, run
+from pallas_kernels.bench import ceilings, peers, timing
+from paro_jax.bench import cases, jobs, measure, report, run, targets
 from paro_jax.bench.jobs import Job, Settings
 from paro_jax.bench.worker import Worker
 
@@ -65,7 +66,7 @@ def test_cupti_through_mosaics_profiler_with_a_stand_in_for_its_extension(monkey
 
     found, _ = timing.measure(function, (jnp.zeros(4),), seconds=0)
     assert found.timer == "cupti" and found.timer_note is None
-    assert found.sets == 8 and not any(traced)
+    assert found.sets == 64 and not any(traced)
     assert found.runs == 5 and (found.low_ms, found.ms, found.high_ms) == (2, 3, 4)
     assert found.kernels == pytest.approx({"main": 2.5, "pad": 0.5}) and list(found.kernels) == ["main", "pad"]
 
@@ -193,6 +194,17 @@ def test_a_peer_that_throws_is_a_row(monkeypatch, raised, status, says):
     assert row.get("poisoned", False) == ("CUDA_ERROR" in says or "ILLEGAL" in says)
 
 
+def test_a_peer_that_lacks_a_package_of_its_own_is_missing(monkeypatch):
+    def prepare(problem):
+        import no_such_package  # noqa: F401  # pyright: ignore[reportMissingImports]
+
+        raise AssertionError
+
+    monkeypatch.setattr(peers, "PEERS", (peers.Peer("poor", ("bf16", "bf16"), lambda problem: None, prepare),))
+    row = measure.measure(Job("peer", "cogvideox_5b", "poor"), SETTINGS, fake_timer)
+    assert row["status"] == "missing" and "poor cannot be imported: No module named 'no_such_package'" in row["reason"]
+
+
 @pytest.mark.parametrize("result", [jnp.zeros, lambda shape: jnp.full(shape, jnp.nan)], ids=["zeros", "NaN"])
 def test_a_wrong_result_is_a_failure_however_fast(monkeypatch, result):
     def prepare(problem):
@@ -213,67 +225,6 @@ def test_what_cannot_be_had_here_says_why():
     assert row["status"] == "missing" and "is not sm_90" in row["reason"] and run.status([row]) == 1
 
 
-def test_pytorch_that_is_not_installed_is_missing_by_name():
-    """By its real process, whose Python finds no torch."""
-    q = jnp.ones((1, 8, 1, 16))
-    torch = peers.Torch(sys.executable)
-    try:
-        found = torch.ask("torch sdpa", peers.Problem(q, q, q, None, (64, 64), "cpu"), 0.0)
-    finally:
-        torch.close()
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        assert "torch cannot be imported by" in found["missing"] and "--torch-python" in found["missing"]
-    else:
-        assert found["ms"] > 0
-    gone = peers.Torch("false")
-    try:
-        found = gone.ask("torch sdpa", peers.Problem(q, q, q, None, (64, 64), "cpu"), 0.0)
-        assert "ended with status" in found["failed"]
-    finally:
-        gone.close()
-
-
-def test_pytorchs_times_with_a_stand_in(tmp_path):
-    class Tensor:
-        def float(self):
-            return self
-
-        cpu = float
-
-        def numpy(self):
-            return np.ones((1, 1, 2, 3), np.float32)
-
-    used = []
-    job = {"gpu": False, "seconds": 0}
-    version = types.SimpleNamespace(__version__="0")
-    found = torch_peer.timed(version, lambda x: used.append(x) or Tensor(), [["a"], ["b"]], job, tmp_path)
-    assert found["timer"] == "host" and found["runs"] == 5 and 0 <= found["low_ms"] <= found["ms"] <= found["high_ms"]
-    assert set(used[1:]) == {"a", "b"} and used[3] != used[4] and np.load(tmp_path / "out.npy").shape == (1, 1, 2, 3)
-
-
-@pytest.mark.parametrize("name", ["cudnn bf16", "cudnn fp8", "attention_mgpu"])
-def test_peers_that_need_a_gpu_are_called_as_the_installed_jax_wants(monkeypatch, name):
-    """Traced, not run: their own checks of shapes, dtypes and arguments pass."""
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-    from jax.experimental.pallas.ops.gpu import attention_mgpu
-
-    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91900)
-    monkeypatch.setattr(attention_mgpu, "cuda_versions", types.SimpleNamespace(cuda_runtime_get_version=lambda: 13000))
-    q = jax.random.normal(jax.random.key(0), (2, 256, 3, 64), jnp.bfloat16)
-    problem = peers.Problem(q, q, q, None, (128, 128), "sm_90")
-    peer = next(p for p in peers.PEERS if p.name == name)
-    assert peer.why_not(problem) is None
-    function, arguments, factor = peer.prepare(problem)
-    found = jax.eval_shape(function, *arguments)
-    assert found.shape == q.shape and factor > 0
-    dtypes = {"cudnn bf16": jnp.bfloat16, "cudnn fp8": jnp.float8_e4m3fn, "attention_mgpu": jnp.float16}
-    assert found.dtype == dtypes[name]
-    odd = peer.why_not(replace(problem, q=q[:, :255]))
-    assert odd is None if name != "attention_mgpu" else "these are 255" in odd
-
-
 # --- the run --------------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +235,15 @@ def test_jobs_come_by_importance_and_none_is_dropped():
     named = [str(job) for job in every]
     assert every[0].kind == "ceiling" and named[-1] == "ceiling again"
     assert named.index("flux_2048 peer cudnn fp8, dense") < named.index("wan_14b_720p peer cudnn bf16, dense")
+    # With all up to the last that a target asks for, no target is without a row; with one less, some are.
+    done = [{**job.facts, "status": "measured", "ms": 1.0, "kept_density": job.density, "kept_blocks": job.tokens,
+             "overhead_ms": 0.0, "overhead_of_dense_attention": 0.0} for job in every]  # fmt: skip
+    last = max(i for i, job in enumerate(every) if job.kind == "scaling")
+    assert last < 48
+    assert all(target["met"] is not None for target in targets.targets(done[: last + 1], "hopper"))
+    first = min(i for i, job in enumerate(every) if job.kind == "scaling")
+    lacking = [target["name"] for target in targets.targets(done[: first - 1], "hopper") if target["met"] is None]
+    assert len(lacking) == 2 and "FlexAttention" in lacking[0] and "kept blocks" in lacking[1]
     for peer in ("cudnn bf16", "cudnn fp8", "attention_mgpu", "tokamax", "torch sdpa"):
         assert sum(job.contestant == peer for job in every) == len(cases.GRIDS)
     ours = {(job.name, job.qk, job.pv, job.mask, job.density) for job in every if job.kind == "attention"}
@@ -335,19 +295,21 @@ def test_a_slow_row_fails_and_the_run_goes_on_and_the_status_tells():
 
 
 SCRIPT = """
-import json, os, sys, time
+import json, os, sys, tempfile, time
 print("chatter of a library", file=sys.stderr)
 def say(**x): print(json.dumps(x), flush=True)
 say(device="toy")
 for line in sys.stdin:
     job = json.loads(line)["job"]
     if job["name"] == "crash": print("Fatal: the end", file=sys.stderr, flush=True); os.abort()
-    if job["name"] == "hang": time.sleep(60)
+    if job["name"] == "hang": tempfile.mkdtemp(prefix=f"paro-bench-{os.getpid()}-"), time.sleep(60)
     say(**job, status="measured", pid=os.getpid(), poisoned=job["name"] == "poison")
 """
 
 
-def test_a_process_that_crashes_hangs_or_spoils_its_device_costs_one_row():
+def test_a_process_that_crashes_hangs_or_spoils_its_device_costs_one_row(monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     worker = Worker([sys.executable, "-c", SCRIPT])
     try:
         assert worker.machine() == {"device": "toy"}
@@ -358,6 +320,7 @@ def test_a_process_that_crashes_hangs_or_spoils_its_device_costs_one_row():
     assert ask["crash"]["status"] == "failed"
     assert "SIGABRT" in ask["crash"]["reason"] and "Fatal: the end" in ask["crash"]["reason"]
     assert ask["hang"]["status"] == "timed out" and "0.5 s" in ask["hang"]["reason"]
+    assert not list(tmp_path.iterdir())  # what a peer's tensors were written to goes with the process
     pids = [ask[name]["pid"] for name in ("one", "two", "three", "four", "poison", "five")]
     assert pids[0] == pids[1] and pids[3] == pids[4] and len(set(pids)) == 4
     assert Worker([sys.executable, "-c", "raise SystemExit('no driver')"]).machine()["problem"].endswith("no driver")
@@ -371,26 +334,48 @@ def row(kind, name, contestant, ms, **facts):
     return {"kind": kind, "name": name, "contestant": contestant, "ms": ms, "status": "measured", **facts}
 
 
-def test_targets_are_met_missed_or_unknown():
+def test_targets_are_met_missed_or_not_measured_and_why():
     eight = {"qk": "int8", "pv": "int8"}
     fifth = {**eight, "mask": "calibrated", "density": 0.2, "kept_density": 0.2}
+    spent = {"overhead_ms": 0.25, "overhead_of_dense_attention": 0.02}
     rows = [
-        row("peer", "cogvideox_5b", "cudnn bf16", 10.0),
+        row("peer", "cogvideox_5b", "cudnn bf16", 12.0),
         row("attention", "cogvideox_5b", "hopper", 5.0, **eight),
-        row("attention", "cogvideox_5b", "hopper", 1.1, **fifth),
+        row("attention", "cogvideox_5b", "hopper", 1.0, **fifth),
+        row("attention", "cogvideox_5b", "hopper", 9.0, mask="random", density=0.2, kept_density=0.2, **eight),
+        row("path", "cogvideox_5b", "hopper", 9.0, **eight, **spent),
+        row("peer", "cogvideox_5b", "torch flex", 6.0),
         row("peer", "cogvideox_5b", "torch flex", 1.0, mask="calibrated", density=0.2),
-        row("path", "cogvideox_5b", "hopper", 9.0, **eight, overhead_of_dense_attention=0.005),
+        row("attention", "flux_2048", "hopper", 5.0, **eight),
+        {**Job("peer", "flux_2048", "cudnn fp8").facts, "status": "out of memory", "reason": "all of it"},
+        {**Job("peer", "flux_2048", "cudnn bf16").facts, "status": "measured", "ms": 5.0},
         *(row("scaling", "scaling", "hopper", 2.0 * n, kept_blocks=n) for n in (100, 400, 1600)),
     ]
-    found = {target["name"]: target for target in report.targets(rows, "hopper")}
-    told = {name.split(":")[0]: (target["measured"], target["met"]) for name, target in found.items()}
-    assert told["dense int8/int8, D 64"] == (2.0, True)
-    assert told["20 % int8/int8, D 64"] == (pytest.approx(9.09, abs=0.01), True)
-    assert told["dense int8/int8, D 128"] == (None, None)
-    assert told["time over dense less density, worst row"] == (pytest.approx(0.02), True)
-    assert told["int8/int8 over FlexAttention, same mask, worst row"] == (pytest.approx(1 / 1.1), False)
-    assert told["permute + quantise + mask over dense attention, 17776 tokens"] == (0.005, True)
-    assert told["scaling"] == (pytest.approx(0, abs=1e-9), True)
+    found = {target["name"]: target for target in targets.targets(rows, "hopper")}
+    told = {name: [target[key] for key in ("measured", "kernel_alone", "met")] for name, target in found.items()}
+    assert told["dense int8/int8, D 64: speed over cuDNN bf16"] == [12 / 5.25, 12 / 5, True]
+    assert told["20 % int8/int8, D 64: speed over cuDNN bf16"] == [12 / 1.25, 12, True]
+    above = told["int8/int8, D 64: time over dense, less density, worst"]
+    assert above == [pytest.approx(1.25 / 5.25 - 0.2), pytest.approx(0), False]  # met by the kernel alone only
+    assert told["int8/int8, D 64: speed over FlexAttention, same mask, worst"] == [1 / 1.25, 1.0, False]
+    assert told["permute + quantise + mask over dense attention, D 64"] == [0.02, None, False]
+    assert told["slope of log time over log kept blocks, from 1"] == [pytest.approx(0, abs=1e-9), None, True]
+    why = {name: target["reason"] for name, target in found.items() if target["met"] is None}
+    assert set(why) == set(found) - {name for name, (_, _, met) in told.items() if met is not None}
+    memory = why["dense int8/int8, D 128: speed over cuDNN fp8"]
+    assert memory == "not measured: flux_2048 peer cudnn fp8, dense: out of memory: all of it"
+    assert why["20 % int8/int8, D 128: speed over cuDNN bf16"] == "not measured: no row: flux_2048 attention hopper"
+    assert why["dense bf16, D 64: speed over cuDNN bf16"] == "not measured: no row: cogvideox_5b attention hopper"
+    rows[-1] |= {"status": "failed", "reason": "hot", "job": "the last"}
+    assert targets.targets(rows, "hopper")[-1]["reason"] == "not measured: the last: failed: hot"
+    assert {target["met"] for target in targets.targets([], "hopper")} == {None}
+    flex = next(i for i, row in enumerate(rows) if row["contestant"] == "torch flex" and row["density"] == 0.2)
+    for ms, told in ((4.0, (4 / 5.25, False, "no; and not measured: ")), (6.0, (None, None, "not measured: "))):
+        some = [row for i, row in enumerate(rows) if i != flex]
+        some[flex - 1] = row("peer", "cogvideox_5b", "torch flex", ms)
+        (target,) = [t for t in targets.targets(some, "hopper") if "D 64: speed over FlexAttention" in t["name"]]
+        reason = told[2] + "no row: cogvideox_5b peer torch flex"
+        assert (target["measured"], target["met"], target["reason"]) == (*told[:2], reason)
 
 
 def test_rows_get_their_percent_and_speedup():

@@ -1,6 +1,9 @@
 """`paro bench` as a command: the whole of it once, then what it says and writes with a stand-in for its process."""
 
+import errno
 import json
+import os
+import signal
 import types
 
 import jax
@@ -102,6 +105,37 @@ def test_without_the_gpu_that_was_asked_for_every_row_says_why(capsys, tmp_path,
     says = "driver version is insufficient" if broken else "no GPU: jax sees cpu alone (no driver)"
     assert len(rows) > 200 and all(row["status"] == "failed" and says in row["reason"] for row in rows)
     assert any(row["contestant"] == "hopper" for row in rows) and says in out and toy.asked == []
+    assert len(err.splitlines()) == 1 and says in err  # said once, not 286 times
+    assert out.count("not measured: ") == 12 and "kept  " not in out  # each target says so; no tables of nothing
+
+
+def test_a_disk_that_is_full_costs_the_files_and_not_the_tables(capsys, tmp_path, toy, monkeypatch):
+    def write(path, value):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("paro_jax._cli._show.write_json", write)
+    monkeypatch.setattr("paro_jax.bench.run.status", lambda rows: 0)  # whatever the rows say
+    assert command.main([*ARGV, "--out", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert "missing: a toy" in out and f"not all could be written to {tmp_path}" in out
+    assert "bench.json cannot be written: No space left on device" in err
+
+
+def test_what_timeout_sends_stops_the_run_like_ctrl_c(tmp_path, toy):
+    def says(job):
+        if len(toy.asked) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"status": "missing", "reason": "-"}
+
+    toy.says, before = says, signal.getsignal(signal.SIGTERM)
+    assert command.main([*ARGV, "--out", str(tmp_path)]) == 130
+    assert len(json.loads((tmp_path / "bench.json").read_text())["rows"]) == 3
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_torch_python_that_is_not_there_is_a_mistake(capsys, tmp_path):
+    assert command.main([*ARGV, "--torch-python", "/no/python", "--out", str(tmp_path)]) == 2
+    assert "--torch-python: expected a program, found none at /no/python" in capsys.readouterr().err
 
 
 def test_the_workloads_are_whole_on_a_gpu_and_targets_are_listed(capsys, tmp_path, toy):
@@ -109,12 +143,12 @@ def test_the_workloads_are_whole_on_a_gpu_and_targets_are_listed(capsys, tmp_pat
     facts = dict(status="measured", ms=1.0, low_ms=1.0, high_ms=1.0, tops=5.0, rate=1.0, dtype="bfloat16")
     toy.says = lambda job: {
         **facts, "of": job.name, "kept_density": job.density, "kept_blocks": job.tokens,
-        "overhead_of_dense_attention": 0.0,
+        "overhead_of_dense_attention": 0.0, "overhead_ms": 0.0,
     }  # fmt: skip
     assert command.main(["bench", "--json", "--out", str(tmp_path)]) == 0
     result = json.loads(capsys.readouterr().out)
     arguments = result["about"]["arguments"]
     assert (arguments["tokens"], arguments["dtype"], arguments["backend"]) == (None, "bfloat16", "hopper")
     assert arguments["block"] == [128, 128] and not arguments["quick"]
-    assert len(result["targets"]) == 10 and all(target["met"] is not None for target in result["targets"])
+    assert len(result["targets"]) == 12 and all(target["met"] is not None for target in result["targets"])
     assert (tmp_path / "bench.png").stat().st_size > 10_000

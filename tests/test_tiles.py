@@ -57,6 +57,16 @@ def test_the_fastest_of_a_table_is_chosen_and_a_failed_one_never(folders):
     assert _tiles.measured(replace(REQUEST, device="sm_90"), HOPPER) is None  # another backend's row
 
 
+def test_a_call_whose_tiles_were_not_all_reached_keeps_its_older_row(folders):
+    a, b, *_ = xla.candidates(REQUEST)
+    rows = [
+        {**Job("tune", "w", "xla", tiles=asdict(tiles)).facts, "status": status, "reason": "late", "ms": 1.0}
+        for tiles, status in ((a, "measured"), (b, "not reached"))
+    ]
+    assert report.tile_rows(rows, lambda row: _tiles.key(REQUEST, "xla")) == []
+    assert len(report.tile_rows(rows[:1], lambda row: _tiles.key(REQUEST, "xla"))) == 1
+
+
 def test_the_nearest_length_speaks_and_new_rows_replace_their_own_only(folders):
     request = Request("block_attention", 1, 2, 4096, 4096, 128, "bfloat16", (128, 128), "int8", "int8", device="sm_90")
     a, b, *_ = hopper.candidates(request)
@@ -107,6 +117,17 @@ def test_block_attention_runs_with_the_tiles_of_the_table_and_every_tile_gives_t
     _tiles.write(table(REQUEST, XLA, {every[0]: 2.0, every[-1]: 1.0}), {})
     np.testing.assert_allclose(call(), expected, atol=2e-6)
     assert ran == [None, every[1], every[-1]]
+
+
+def test_tiles_that_are_no_candidate_are_a_mistake():
+    x = jnp.ones((1, 1, 64, 32))
+    call = partial(block_attention, x, x, x, *schedule(np.ones((1, 1, 1), bool)), block=(64, 64), scale=1.0)
+    (only,) = xla.candidates(replace(REQUEST, heads=1, q_tokens=64, kv_tokens=64))
+    for wrong in (replace(only, step=only.step + 1), asdict(only), 3):
+        with pytest.raises(ValueError, match=r"tiles: expected None or one of Tiles\(.*backend 'xla'.*got"):
+            call(tiles=wrong)
+    with pytest.raises(ValueError, match="tiles: expected None for backend 'reference'"):
+        call(tiles=only, implementation="reference")
 
 
 def test_the_command_writes_the_table(folders, monkeypatch, capsys, tmp_path):

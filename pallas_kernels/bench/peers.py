@@ -132,6 +132,9 @@ PEERS = (
 )
 
 
+FOLDER = "paro-bench-"  # how the names of `Torch`'s folders start
+
+
 class Torch:
     """PyTorch's attention, by `torch_peer.py` in a process of its own: another Python if need be, memory apart.
 
@@ -142,11 +145,12 @@ class Torch:
 
     def __init__(self, python: str):
         self.python, self.process = python, None
-        self.folder = tempfile.TemporaryDirectory(prefix="paro-bench-")
+        # By the number of this process: whoever ends it by force removes the folder.
+        self.folder = tempfile.TemporaryDirectory(prefix=f"{FOLDER}{os.getpid()}-")
         self.written: tuple[Any, ...] = ()
 
     def ask(self, name: str, problem: Problem, seconds: float) -> dict[str, Any]:
-        """{"ms", "low_ms", ..., "out": [B, N, H, D]}, or {"missing": why}, or {"failed": why}."""
+        """{"ms", "low_ms", ..., "out": the last batch entry, [1, N, H, D]}, {"missing": why} or {"failed": why}."""
         folder = Path(self.folder.name)
         tensors = (problem.q, problem.k, problem.v)
         if not (len(self.written) == 3 and all(a is b for a, b in zip(self.written, tensors, strict=True))):
@@ -175,7 +179,11 @@ class Torch:
             status = self.process.wait()
             self._stop()
             return {"failed": f"the process of {name} ended with status {status}"}
-        found = json.loads(line)
+        try:
+            found = json.loads(line)
+        except ValueError:
+            self._stop()
+            return {"failed": f"the process of {name} answered {line.strip()[:200]!r}; is {self.python} a Python?"}
         if "ms" in found:
             found["out"] = np.load(folder / "out.npy").swapaxes(1, 2)
         return found

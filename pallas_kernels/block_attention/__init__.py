@@ -151,8 +151,7 @@ def block_attention(
     )
     backend = _choose.choose(request, BACKENDS, implementation)
     options = dict(block=(bq, bk), scale=scale, qk=qk, pv=pv, p_scale=p_scale, out_dtype=out_dtype)
-    if tiles is None:
-        tiles = _tiles.measured(request, backend)
+    tiles = _tiles.measured(request, backend) if tiles is None else _tiles.candidate(tiles, request, backend)
     options |= {} if tiles is None else {"tiles": tiles}
     if layout != "rows":
         options |= dict(layout=layout, kv_tokens=kv_tokens)

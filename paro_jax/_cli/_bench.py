@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -99,9 +101,10 @@ def run(args: argparse.Namespace) -> int:
         done = {row["job"] for row in rows}  # what an earlier run had is not lost when this one is stopped too
         result["rows"] = [*rows, *(row for row in known if row["job"] not in done)]
         if time.monotonic() - written > _KEEP_S:
-            _show.write_json(file, result)
+            _written(file, result)
             written = time.monotonic()
 
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         machine = worker.machine()
         settings, problem = _settings(args, machine)
@@ -115,12 +118,29 @@ def run(args: argparse.Namespace) -> int:
             return worker.ask(job, settings, limit)
 
         budget = None if args.budget is None else max(0.0, args.budget - (time.monotonic() - start))
-        rows = _run.run(plan, ask, limit=args.row_limit, budget=budget, known=known, note=_show.note, keep=keep)
+        note = _show.note if problem is None else lambda message: None  # that was said, and holds for every row
+        rows = _run.run(plan, ask, limit=args.row_limit, budget=budget, known=known, note=note, keep=keep)
     finally:
         worker.close()
         if result["rows"]:  # also of a run that is stopped
-            _show.write_json(file, result)
+            _written(file, result)
+        signal.signal(signal.SIGTERM, before)
     return _tuned(args, settings, result, rows) if args.tune else _told(args, settings, result, rows, file)
+
+
+def _stop(number: int, frame: Any) -> None:
+    """What `timeout` sends is to stop like Ctrl-C: the rows so far are written, the processes end."""
+    raise KeyboardInterrupt
+
+
+def _written(file: Path, result: Row) -> bool:
+    """Write the file; what keeps it from being written (a full disk) is a line, for the tables are still to come."""
+    try:
+        _show.write_json(file, result)
+    except OSError as error:
+        _show.note(f"{file} cannot be written: {error.strerror or error}")
+        return False
+    return True
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -131,6 +151,8 @@ def _check(args: argparse.Namespace) -> None:
     for name in args.workloads or ():
         if name not in GRIDS:
             raise _show.UserError(f"--workloads: expected some of {', '.join(GRIDS)}; got {name!r}")
+    if shutil.which(args.torch_python) is None:
+        raise _show.UserError(f"--torch-python: expected a program, found none at {args.torch_python}")
     names = [backend.name for backend in BACKENDS]
     if args.backend is not None and args.backend not in names:
         raise _show.UserError(f"--backend: expected one of {', '.join(names)}; got {args.backend!r}")
@@ -233,57 +255,76 @@ def _tuned(args: argparse.Namespace, settings: Settings, result: Row, rows: list
 
     table = report.tile_rows(rows, about)
     if not any("ms" in entry for row in table for entry in row["candidates"]):
-        raise _show.UserError(f"--tune: no tile could be measured: {rows[0]['reason'] if rows else 'there are none'}")
+        reason = next((row["reason"] for row in reversed(rows) if row["status"] != "measured"), "there are none")
+        raise _show.UserError(f"--tune: no call had all its tiles measured: {reason}")
     file = _tiles.write(table, result["about"]["machine"])
     if args.json:
         print(_show.dumps({**result, "table": str(file)}))
     else:
         shown = [{**row, "tiles": ", ".join(f"{k} {v}" for k, v in row["tiles"].items())} for row in rows]
         _show.table("tiles", shown, ("name", "qk", "pv", "tiles", "ms", "low_ms", "high_ms", "status"))
+        left = sum(row["status"] == "not reached" for row in rows)
         print(f"{file}: what calls on this device use from now on")
+        if left:
+            print(f"not reached: {left} tiles; the calls that could use them keep what they had (--resume goes on)")
     return status(rows)
 
 
 def _told(args: argparse.Namespace, settings: Settings, result: Row, rows: list[Row], file: Path) -> int:
     """Write and show the whole result."""
     from paro_jax.bench import report
+    from paro_jax.bench.cases import GRIDS
     from paro_jax.bench.machine import gpu
     from paro_jax.bench.run import status
+    from paro_jax.bench.targets import targets
 
     machine = result["about"]["machine"]
     result["about"]["gpu_after"] = gpu()
     rows = report.finished(rows)
-    full = settings.tokens is None and settings.heads is None and settings.device.startswith("sm_")
     result |= {
         "rows": rows,
         "drift": report.drift(rows),
         "linearity": report.linearity(rows),
-        "targets": report.targets(rows, settings.backend) if full else [],
+        "targets": targets(rows, settings.backend) if _full(settings) else [],
     }
-    _show.write_json(file, result)
-    title = f"{machine.get('device', 'no device')}, jax {machine.get('jax', '?')}, {machine.get('date', '?')}"
-    report.draw(rows, title, file.with_suffix(".png"))
+    written, picture = _written(file, result), file.with_suffix(".png")
     if args.json:
         print(_show.dumps(result))
-        return status(rows)
+    else:
+        _print(settings, result)
+    sys.stdout.flush()  # the tables do not wait for the chart
+    try:
+        shapes = {name: _shape(settings, name) for name in dict.fromkeys(r["name"] for r in rows) if name in GRIDS}
+        title = f"{machine.get('device', 'no device')}, jax {machine.get('jax', '?')}, {machine.get('date', '?')}"
+        report.draw(rows, title, picture, shapes)
+    except (OSError, ImportError) as error:  # a full disk, no matplotlib
+        _show.note(f"{picture} cannot be drawn: {error}")
+        written = False
+    if not args.json:
+        print(f"in {args.out}: {file.name}, {picture.name}" if written else f"not all could be written to {args.out}")
+    return status(rows) if written else 1
+
+
+def _full(settings: Settings) -> bool:
+    """Whether this run is one that the targets are about."""
+    return settings.tokens is None and settings.heads is None and settings.device.startswith("sm_")
+
+
+def _shape(settings: Settings, workload: str) -> str:
+    """What was measured under the name of a workload: it may have been shrunk."""
+    from paro_jax.bench.jobs import Job
+    from paro_jax.bench.measure import sized
+
+    case = sized(Job("attention", workload), settings)
+    return f"{case.batch} x {case.heads} heads, {case.grid.tokens} tokens, D {case.head_dim}, {case.dtype}"
+
+
+def _print(settings: Settings, result: Row) -> None:
+    """The whole result, what decides last."""
+    machine, rows = result["about"]["machine"], result["rows"]
     _show.fields("", {k: v for k, v in machine.items() if not isinstance(v, dict)} | (machine.get("gpu") or {}))
-    _show.table(
-        "ceilings", [r for r in rows if r["kind"] == "ceiling"], ("name", "of", "rate", "unit", "timer", "status")
-    )
-    columns = ("name", "contestant", "qk", "pv", "mask", "kept_density", "ms", "low_ms", "high_ms", "tops")
-    columns += ("percent_of_ceiling", "speedup", "error", "timer", "status")
-    _show.table("attention", [r for r in rows if r["kind"] in ("attention", "peer")], columns)
-    _show.table(
-        "a whole layer: projections, attention, output",
-        [r for r in rows if r["kind"] == "path"],
-        ("name", "qk", "pv", "kept_density", "ms", "dense_layer_ms", "layer_speedup", "overhead_ms",
-         "overhead_of_dense_attention", "status"),
-    )  # fmt: skip
-    _show.table("cost against kept blocks", [r for r in rows if r["kind"] == "scaling"],
-                ("tokens", "heads", "kept_blocks", "ms", "tops", "status"))  # fmt: skip
-    if result["linearity"]:
-        _show.fields("", {f"scaling {name}": value for name, value in result["linearity"].items()})
-    _show.table("targets", result["targets"])
+    if any(row["status"] == "measured" for row in rows):
+        _tables(settings, result)
     reasons: dict[str, list[str]] = {}
     for row in rows:
         if row["status"] != "measured":
@@ -292,8 +333,51 @@ def _told(args: argparse.Namespace, settings: Settings, result: Row, rows: list[
         print(f"{reason} [{len(some)}: {'; '.join(some[:3])}{'; ...' if len(some) > 3 else ''}]")
     notes = {row["timer_note"] for row in rows if row.get("timer_note")}
     print("\n".join(f"timed on the host: {note}" for note in sorted(notes)))
-    print(f"in {args.out}: {file.name}, {file.with_suffix('.png').name}")
-    return status(rows)
+    if result["targets"]:
+        some = [
+            {**t, "target": f"{t['bound']} {t['target']:g}", "met": t["reason"][:90] if t["reason"] else t["met"]}
+            for t in result["targets"]
+        ]
+        _show.table("targets", some, ("name", "target", "measured", "kernel_alone", "met"))
+
+
+def _tables(settings: Settings, result: Row) -> None:
+    """The tables of rows, by kind and workload."""
+    from paro_jax.bench import report
+    from paro_jax.bench.cases import GRIDS
+
+    rows = [
+        {**r, "widths": report.widths(r), "kept": r.get("kept_density")}
+        for r in result["rows"]
+        if r["status"] != "not reached"  # there can be hundreds
+    ]
+    _show.table(
+        "ceilings", [r for r in rows if r["kind"] == "ceiling"], ("name", "of", "rate", "unit", "timer", "status")
+    )
+    if result["drift"] is not None:
+        print(f"drift: the last product ran at {result['drift']:.2f} of the first one's rate\n")
+    places = {mask: i for i, mask in enumerate(("dense", "calibrated", "random"))}
+    for name in GRIDS:
+        some = [r for r in rows if r["kind"] in ("attention", "peer") and r["name"] == name]
+        some.sort(key=lambda r: (-r["density"], places[r["mask"]], r["kind"]))
+        over = report.baseline(rows, name)
+        title = f"{name}: {_shape(settings, name)}, blocks of {settings.block[0]} x {settings.block[1]}"
+        columns = ("contestant", "widths", "mask", "kept", "ms", "low_ms", "high_ms", "tops", "percent_of_ceiling")
+        columns += (*(("speedup",) if over else ()), "error", "timer", "status")
+        _show.table(title + (f"; speedup over {over['contestant']}" if over else ""), some, columns)
+    _show.table(
+        "a whole layer: projections, attention, output",
+        sorted((r for r in rows if r["kind"] == "path"), key=lambda r: (list(GRIDS).index(r["name"]), r["qk"])),
+        ("name", "widths", "kept", "ms", "dense_layer_ms", "layer_speedup", "overhead_ms",
+         "overhead_of_dense_attention", "status"),
+    )  # fmt: skip
+    _show.table("cost against kept blocks", [r for r in rows if r["kind"] == "scaling"],
+                ("tokens", "heads", "widths", "kept_blocks", "ms", "tops", "status"))  # fmt: skip
+    if line := result["linearity"]:
+        print(
+            f"time grows as kept blocks to the power {line['slope']:.3f}, where 1 is in proportion: "
+            f"{line['least_ns_per_block']:,.0f} to {line['most_ns_per_block']:,.0f} ns a block\n"
+        )
 
 
 _SAME = ("device", "backends_see", "python", "paro_jax", "commit", "jax", "jaxlib")

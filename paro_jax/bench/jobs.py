@@ -121,18 +121,19 @@ def _rank(job: Job) -> int:
     """Less is sooner; sorting is stable, so each rank keeps its workloads together."""
     if job.kind == "ceiling":
         return 0
-    first, main = job.name in _FIRST, (job.qk, job.pv) in _MAIN
+    first, main, eight = job.name in _FIRST, (job.qk, job.pv) in _MAIN, (job.qk, job.pv) == _MAIN[0]
     cudnn = job.contestant.startswith("cudnn") or job.contestant == "jax.nn"
-    if first and cudnn:
+    # What `targets` asks for, then cost against kept blocks, then the rest.
+    if first and (cudnn or (job.kind == "attention" and job.mask != "random" and (eight or main and job.density == 1))):
         return 1
-    if first and job.kind == "attention" and main and job.mask != "random":
-        return 1
-    if first and job.kind == "path":
+    if first and job.kind == "path" and (eight or job.density == 1):
         return 2
-    if job.kind == "scaling":
+    if first and job.contestant == "torch flex" and job.mask != "random":
         return 3
-    if first and job.kind == "peer" and job.mask != "random":
+    if job.kind == "scaling":
         return 4
-    if not first and (cudnn or (job.kind == "attention" and main and job.mask != "random")):
+    if first and job.mask != "random" and (job.kind == "peer" or job.kind == "path" or main):
         return 5
-    return 6 if first else 7
+    if not first and (cudnn or (job.kind == "attention" and main and job.mask != "random")):
+        return 6
+    return 7 if first else 8

@@ -1,6 +1,6 @@
-"""What only all rows together tell: percent of the ceilings, the targets, how cost grows; and the chart."""
+"""What only all rows together tell: percent of the ceilings, how cost grows; and the chart."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,12 @@ def baseline(rows: Sequence[Row], workload: str) -> Row | None:
     return None
 
 
+def widths(row: Row) -> str:
+    """Those of both products: what is not quantised has the width of the arrays, bf16 on a GPU."""
+    dtype = {"bfloat16": "bf16"}.get(row.get("dtype", "bfloat16"), row.get("dtype"))
+    return f"{row['qk']}/{row['pv']}".replace("bf16", str(dtype))
+
+
 def find(rows: Sequence[Row], **facts: Any) -> Row | None:
     """The first row that was measured and has these facts."""
     for row in rows:
@@ -67,81 +73,32 @@ def linearity(rows: Sequence[Row]) -> dict[str, float] | None:
             "from_blocks": float(blocks[0]), "to_blocks": float(blocks[-1])}  # fmt: skip
 
 
-def targets(rows: Sequence[Row], backend: str) -> list[Row]:
-    """What the kernels are to reach on an H200 at full size; `measured` and `met` None where a row is lacking."""
-    d64, d128 = "cogvideox_5b", "flux_2048"
-    eight = {"qk": "int8", "pv": "int8"}
-
-    def ours(name: str, density: float, mask: str = "calibrated", **widths: str) -> Row | None:
-        mask = "dense" if density == 1 else mask
-        return find(
-            rows, kind="attention", name=name, contestant=backend, density=density, mask=mask, **(widths or eight)
-        )
-
-    def peer(name: str, contestant: str, **facts: Any) -> Row | None:
-        return find(rows, kind="peer", name=name, contestant=contestant, **facts)
-
-    def faster(mine: Row | None, theirs: Row | None) -> float | None:
-        return theirs["ms"] / mine["ms"] if mine and theirs else None
-
-    wide = {"qk": "bf16", "pv": "bf16"}
-    found = [
-        _at_least("dense int8/int8, D 128: speed over cuDNN fp8", 1.05, faster(ours(d128, 1), peer(d128, "cudnn fp8"))),
-        _at_least("dense int8/int8, D 64: speed over cuDNN bf16", 1.5, faster(ours(d64, 1), peer(d64, "cudnn bf16"))),
-        _at_least("20 % int8/int8, D 64: speed over cuDNN bf16", 6, faster(ours(d64, 0.2), peer(d64, "cudnn bf16"))),
-        _at_least("20 % int8/int8, D 128: speed over cuDNN bf16", 7, faster(ours(d128, 0.2), peer(d128, "cudnn bf16"))),
-    ]
-    for name in (d64, d128):
-        speed = faster(ours(name, 1, **wide), peer(name, "cudnn bf16"))
-        found.append(_at_least(f"dense bf16, {name}: speed over cuDNN bf16", 0.9, speed))
-    above, against = [], []
-    for row in rows:
-        if row["kind"] != "attention" or row["status"] != "measured" or row["contestant"] != backend:
-            continue
-        if (row["qk"], row["pv"]) != ("int8", "int8"):
-            continue
-        if (dense := ours(row["name"], 1)) is not None and row["density"] < 1:
-            above.append(row["ms"] / dense["ms"] - row["kept_density"])
-        flex = peer(row["name"], "torch flex", density=row["density"], mask=row["mask"])
-        if (speed := faster(row, flex)) is not None:
-            against.append(speed)
-    found.append(_at_most("time over dense less density, worst row", 0.03, max(above, default=None)))
-    found.append(_at_least("int8/int8 over FlexAttention, same mask, worst row", 1.0, min(against, default=None)))
-    path = find(rows, kind="path", name=d64, density=1.0, **eight)
-    share = path["overhead_of_dense_attention"] if path else None
-    found.append(_at_most("permute + quantise + mask over dense attention, 17776 tokens", 0.01, share))
-    line = linearity(rows)
-    off = abs(line["slope"] - 1) if line else None
-    found.append(_at_most("scaling: slope of log time over log kept blocks, from 1", 0.05, off))
-    return found
-
-
-def _at_least(name: str, bound: float, measured: float | None) -> Row:
-    return {"name": name, "measured": measured, "bound": "at least", "target": bound,
-            "met": None if measured is None else measured >= bound}  # fmt: skip
-
-
-def _at_most(name: str, bound: float, measured: float | None) -> Row:
-    return {"name": name, "measured": measured, "bound": "at most", "target": bound,
-            "met": None if measured is None else measured <= bound}  # fmt: skip
-
-
 def tile_rows(rows: Sequence[Row], key: Callable[[Row], dict[str, Any]]) -> list[Row]:
-    """The table of tiles that rows of kind "tune" make, by request; a candidate that failed says why."""
+    """The table of tiles that rows of kind "tune" make, by request; a candidate that failed says why.
+
+    Without requests of which some candidate was not reached: a table that was complete speaks on.
+    """
     grouped: dict[str, Row] = {}
     for row in rows:
         about = key(row)
         group = grouped.setdefault(str(about), {**about, "candidates": []})
         facts = ("ms", "low_ms", "high_ms", "timer") if row["status"] == "measured" else ("status", "reason")
         group["candidates"].append({"tiles": row["tiles"], **{name: row.get(name) for name in facts}})
-    return list(grouped.values())
+    return [
+        group
+        for group in grouped.values()
+        if not any(entry.get("status") == "not reached" for entry in group["candidates"])
+    ]
 
 
 # --- the chart ------------------------------------------------------------------------------------------------------
 
 
-def draw(rows: Sequence[Row], title: str, path: Path) -> None:
-    """A PNG: per workload, time over density for each contestant; and time over kept blocks."""
+def draw(rows: Sequence[Row], title: str, path: Path, shapes: Mapping[str, str]) -> None:
+    """A PNG: per workload, time over density for each contestant; and time over kept blocks.
+
+    shapes: by workload, what was measured under its name.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -161,7 +118,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
         axes = figure.subplots(lines, columns, squeeze=False).ravel()
         for one, (drawn, some, name) in zip(axes, panels, strict=False):
             drawn(one, some)
-            one.set_title(name, fontsize=10)
+            one.set_title(f"{name}\n{shapes[name]}" if name in shapes else name, fontsize=9)
         for one in axes[len(panels) :]:
             one.set_axis_off()
     with _files.replacing(path) as new:
@@ -173,33 +130,41 @@ def _draw_densities(axes: Any, rows: list[Row]) -> None:
     from matplotlib import colormaps
 
     lines: dict[str, list[Row]] = {}
-    for row in rows:
+    drawn = []
+    for row in sorted(rows, key=lambda row: row["kind"]):  # ours first
         if row["kind"] in ("attention", "peer") and row["mask"] != "random":
-            width = f" {row['qk']}/{row['pv']}" if row["kind"] == "attention" else ""
+            width = f" {widths(row)}" if row["kind"] == "attention" else ""
             lines.setdefault(row["contestant"] + width, []).append(row)
     for i, (name, some) in enumerate(lines.items()):
         some = sorted(some, key=lambda row: row["kept_density"])
         colour = colormaps["tab10"](i % 10)
         if len(some) == 1 and some[0]["kind"] == "peer":
-            axes.axhline(some[0]["ms"], color=colour, linestyle="--", linewidth=1.2, label=name)
+            drawn.append(axes.axhline(some[0]["ms"], color=colour, linestyle="--", linewidth=1.2, label=name))
             continue
         ms = np.array([row["ms"] for row in some])
         spread = np.abs(np.array([[row["low_ms"] for row in some], [row["high_ms"] for row in some]]) - ms)
-        axes.errorbar([row["kept_density"] for row in some], ms, spread, color=colour, marker="o", markersize=4,
-                      capsize=2, linewidth=1.5, label=name)  # fmt: skip
+        drawn.append(axes.errorbar([row["kept_density"] for row in some], ms, spread, color=colour, marker="o",
+                                   markersize=4, capsize=2, linewidth=1.5, label=name))  # fmt: skip
     axes.set(xlabel="kept blocks / all blocks", ylabel="ms", xlim=(0, 1.05), ylim=(0, None))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    axes.legend(handles=drawn, fontsize=7)
 
 
 def _draw_scaling(axes: Any, rows: list[Row]) -> None:
     """Milliseconds over kept blocks, both logarithmic, beside the line through the largest that is in proportion."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     rows = sorted(rows, key=lambda row: row["kept_blocks"])
     blocks, ms = (np.array([row[name] for row in rows], float) for name in ("kept_blocks", "ms"))
-    axes.loglog(blocks, ms, "o-", label=f"{rows[0]['contestant']} {rows[0]['qk']}/{rows[0]['pv']}")
+    axes.loglog(blocks, ms, "o-", label=f"{rows[0]['contestant']} {widths(rows[0])}")
     axes.loglog(blocks, ms[-1] * blocks / blocks[-1], ":", color="grey", label="in proportion")
     for row, x, y in zip(rows, blocks, ms, strict=True):
         axes.annotate(f"{row['tokens']}", (x, y), fontsize=7, xytext=(4, -8), textcoords="offset points")
-    axes.set(xlabel="kept blocks", ylabel="ms")
-    axes.grid(alpha=0.3, which="both")
+    axes.set(xlabel="kept blocks; beside the points, tokens", ylabel="ms")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.margins(x=0.12)
+    axes.grid(alpha=0.3)
     axes.legend(fontsize=7)

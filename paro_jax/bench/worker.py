@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,10 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from pallas_kernels.bench.peers import FOLDER
 from paro_jax.bench.jobs import Job, Settings
 
 Row = dict[str, Any]
@@ -35,8 +38,8 @@ class Worker:
         self.reader: threading.Thread | None = None
         self.said: Any = None
 
-    def machine(self) -> Row:
-        """What the process runs on: `machine.machine()`, or {"problem": why there is none}."""
+    def machine(self, limit: float = START_S) -> Row:
+        """What the process runs on: `machine.machine()`, or {"problem": why there is none}. limit: seconds to start."""
         self.close()
         package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
@@ -48,15 +51,16 @@ class Worker:
         )  # fmt: skip
         self.reader = threading.Thread(target=_read, args=(self.process.stdout, self.lines), daemon=True)
         self.reader.start()
-        found = self._answer(START_S)
+        found = self._answer(limit)
         return found if "failed" not in found else {"problem": found["failed"]}
 
     def ask(self, job: Job, settings: Settings, limit: float) -> Row:
         """The row of `job`; of status "failed", with what the process said last, where it ended or took over `limit` s.
 
-        The time that a new process needs to start is not counted.
+        The time that a new process needs to start is not counted; it may take as long, or a minute where that is more.
         """
-        if self.process is None and (problem := self.machine().get("problem")) is not None:
+        start = min(START_S, max(60.0, limit))
+        if self.process is None and (problem := self.machine(start).get("problem")) is not None:
             return {**job.facts, "status": "failed", "reason": problem}
         assert self.process is not None and self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it is gone: the answer says so
@@ -75,6 +79,8 @@ class Worker:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+            for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}{self.process.pid}-*"):
+                shutil.rmtree(folder, ignore_errors=True)  # tensors for PyTorch
             if self.reader is not None:  # it ends with the stream
                 self.reader.join(timeout=5)
             for stream in (self.process.stdin, self.process.stdout):
