@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pallas_kernels._registers import mosaic, row_layout, tiled_layout
 
@@ -176,3 +177,110 @@ def _element(register: Any, place: int) -> Any:
     from jaxlib.mlir.dialects import vector
 
     return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([place]))
+
+
+@cache
+def quads(vector: int) -> Lanes:
+    """Four threads share a row of 64, each with `vector` channels side by side: who holds a row of wgmma's sums."""
+
+    def layout(vector: int) -> Any:
+        wide = 4 * vector
+        return tiled_layout(((64, wide), (16, wide), (8, wide), (vector,)), (-7,), (-3, -2))
+
+    return Lanes(layout(vector), layout(vector // 2), None)
+
+
+def for_quads(x: jax.Array, vector: int) -> jax.Array:
+    """The last axis as a right operand's columns, so that wgmma's sums have `vector` channels side by side in a thread.
+
+    Thread t of four holds columns 2t and 2t + 1 of each 8: column 2t + i of eight j is channel 2j + i of the thread.
+    """
+    fours = x.reshape(*x.shape[:-1], -1, 4, vector // 2, 2)
+    return jnp.swapaxes(fours, -3, -2).reshape(x.shape)
+
+
+def by_quad(sums: jax.Array, vector: int, *, interpreted: bool) -> jax.Array:
+    """f32 [64, columns] as wgmma leaves it, its columns as of `for_quads` -> channels in order, as `quads` holds them.
+
+    No value changes its thread, and no instruction is spent: registers get other names.
+    """
+    if interpreted:
+        fours = sums.reshape(sums.shape[0], -1, vector // 2, 4, 2)
+        return jnp.swapaxes(fours, -3, -2).reshape(sums.shape)
+
+    from jax.experimental.mosaic.gpu import fragmented_array as fa
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import vector as vectors
+
+    plgpu, lanes = mosaic(), quads(vector)
+
+    def rename(ctx: Any, sums: Any) -> Any:
+        layout = lanes.tile.to_mgpu()
+        source = sums.registers.reshape(-1, 2)
+        registers = np.empty(layout.registers_shape(sums.shape), dtype=object)
+        target = registers.reshape(-1, 2)
+        several = ir.VectorType.get((vector,), ir.F32Type.get())
+        for m, half in np.ndindex(target.shape):
+            own = range(m * vector, (m + 1) * vector)
+            target[m, half] = vectors.from_elements(several, [_element(source[n // 2, half], n % 2) for n in own])
+        return fa.FragmentedArray(_registers=target.reshape(registers.shape), _layout=layout, _is_signed=None)
+
+    out = plgpu.ShapeDtypeStruct(sums.shape, jnp.float32, layout=lanes.tile)
+    inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=out)
+    return inline(rename)(sums)
+
+
+def put(target: Any, first: jax.Array, values: jax.Array, lanes: Lanes, *, interpreted: bool) -> None:
+    """target[first[r] : first[r] + columns] = values[r] for each row r whose `first` is not negative.
+
+    target: a reference [n] in device memory; first int32 [rows]; values [rows, columns] as `lanes.tile` says, a
+    multiple of 4 bytes a thread, or [rows], one for each row.
+    """
+    from jax.experimental import pallas as pl
+
+    if interpreted:
+
+        def row(r: Any, _: None) -> None:
+            place = pl.ds(first[r], values.shape[1]) if values.ndim == 2 else first[r]
+
+            def write() -> None:
+                target[place] = values[r]
+
+            pl.when(first[r] >= 0)(write)
+
+        return lax.fori_loop(0, values.shape[0], row, None)
+
+    from jax.experimental.mosaic.gpu import utils as mgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm, scf
+
+    plgpu = mosaic()
+
+    def store(ctx: Any, target: Any, first: Any, values: Any) -> None:
+        i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+        element = ir.MemRefType(target.type).element_type
+        pointer = llvm.addrspacecast(llvm.PointerType.get(address_space=1), mgpu.memref_ptr(target))
+
+        def constant(value: int) -> Any:
+            return arith.constant(i32, ir.IntegerAttr.get(i32, value))
+
+        vector = values.layout.vector_length
+        own = arith.muli(arith.remui(mgpu.thread_idx(), constant(4)), constant(vector))
+        rows = values.registers.reshape(-1, first.registers.size)
+        size = vector * mgpu.bitwidth(element) // 8
+        for half, where in enumerate(first.registers.flat):
+            start = _element(where, 0)
+            inside = arith.cmpi(arith.CmpIPredicate.sge, start, constant(0))
+            start = arith.addi(start, own) if len(values.shape) == 2 else start
+            with ir.InsertionPoint(scf.IfOp(inside).then_block):
+                for m, register in enumerate(rows[:, half]):
+                    place = arith.addi(start, constant(4 * vector * m))
+                    address = mgpu.getelementptr(pointer, [arith.extsi(i64, place)], element)
+                    words = mgpu.bitcast(register, ir.VectorType.get((size // 4,), i32))
+                    llvm.store(words, address, alignment=min(size, 16))
+                scf.yield_([])
+
+    row = lanes.tile.reduce(1)
+    kinds = (plgpu.RefType(), row, lanes.tile if values.ndim == 2 else row)
+    inline: Any = plgpu.inline_mgpu(arg_types=kinds)
+    inline(store)(target, first, values)
