@@ -40,10 +40,11 @@ def columns() -> Lanes:
     return Lanes(layout(2), layout(1), tiled_layout(((16, 64), (16, 16), (2, 4)), (-5,), (-3, -4)))
 
 
-def take(source: Any, index: jax.Array, layout: Any, *, interpreted: bool) -> jax.Array:
+def take(source: Any, index: jax.Array, layout: Any, *, interpreted: bool, again: bool = False) -> jax.Array:
     """source[index], the source a reference [n] in device memory; nothing checks the index here.
 
-    The elements a thread holds side by side must be neighbours in the source: it loads them at once.
+    The elements a thread holds side by side must be neighbours in the source: it loads them at once. again: after a
+    store the compiler must load the same element anew, and does not keep it.
     """
     if interpreted:
         return source[...].at[index].get(mode="fill")  # NaN or the smallest integer where out of range
@@ -65,7 +66,7 @@ def take(source: Any, index: jax.Array, layout: Any, *, interpreted: bool) -> ja
         registers = np.empty(index.registers.shape, dtype=object)
         for place, first in np.ndenumerate(index.registers):
             address = mgpu.getelementptr(pointer, [arith.extsi(i64, _element(first, 0))], element)
-            registers[place] = llvm.load(vector, address, alignment=min(size, 16), invariant=True)
+            registers[place] = llvm.load(vector, address, alignment=min(size, 16), invariant=not again)
         return fa.FragmentedArray(_registers=registers, _layout=index.layout, _is_signed=signed)
 
     out = plgpu.ShapeDtypeStruct(index.shape, source.dtype, layout=layout)
@@ -181,11 +182,10 @@ def _element(register: Any, place: int) -> Any:
 
 @cache
 def quads(vector: int) -> Lanes:
-    """Four threads share a row of 64, each with `vector` channels side by side: who holds a row of wgmma's sums."""
+    """Four threads share a row of 32, each with `vector` channels side by side: half of the rows of wgmma's sums."""
 
     def layout(vector: int) -> Any:
-        wide = 4 * vector
-        return tiled_layout(((64, wide), (16, wide), (8, wide), (vector,)), (-7,), (-3, -2))
+        return tiled_layout(((32, 4 * vector), (8, 4 * vector), (vector,)), (-5,), (-3, -2))
 
     return Lanes(layout(vector), layout(vector // 2), None)
 
@@ -199,33 +199,34 @@ def for_quads(x: jax.Array, vector: int) -> jax.Array:
     return jnp.swapaxes(fours, -3, -2).reshape(x.shape)
 
 
-def by_quad(sums: jax.Array, vector: int, *, interpreted: bool) -> jax.Array:
-    """f32 [64, columns] as wgmma leaves it, its columns as of `for_quads` -> channels in order, as `quads` holds them.
+def by_quad(sums: jax.Array, half: int, vector: int, *, interpreted: bool) -> jax.Array:
+    """f32 [64, columns] as wgmma leaves it, its columns as of `for_quads` -> [32, columns] as `quads` holds them.
 
-    No value changes its thread, and no instruction is spent: registers get other names.
+    Rows 8 half .. 8 half + 7 of each 16, channels in order. No value changes its thread, and no instruction is spent:
+    registers get other names.
     """
     if interpreted:
-        fours = sums.reshape(sums.shape[0], -1, vector // 2, 4, 2)
-        return jnp.swapaxes(fours, -3, -2).reshape(sums.shape)
+        rows = sums.reshape(4, 2, 8, -1)[:, half]
+        fours = rows.reshape(32, -1, vector // 2, 4, 2)
+        return jnp.swapaxes(fours, -3, -2).reshape(32, sums.shape[1])
 
     from jax.experimental.mosaic.gpu import fragmented_array as fa
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import vector as vectors
 
-    plgpu, lanes = mosaic(), quads(vector)
+    plgpu, lanes, shape = mosaic(), quads(vector), (32, sums.shape[1])
 
     def rename(ctx: Any, sums: Any) -> Any:
         layout = lanes.tile.to_mgpu()
-        source = sums.registers.reshape(-1, 2)
-        registers = np.empty(layout.registers_shape(sums.shape), dtype=object)
-        target = registers.reshape(-1, 2)
+        source = sums.registers.reshape(-1, 2)[:, half]  # each has two columns
+        registers = np.empty(layout.registers_shape(shape), dtype=object)
         several = ir.VectorType.get((vector,), ir.F32Type.get())
-        for m, half in np.ndindex(target.shape):
-            own = range(m * vector, (m + 1) * vector)
-            target[m, half] = vectors.from_elements(several, [_element(source[n // 2, half], n % 2) for n in own])
-        return fa.FragmentedArray(_registers=target.reshape(registers.shape), _layout=layout, _is_signed=None)
+        for place in range(registers.size):
+            own = range(place * vector, (place + 1) * vector)
+            registers.flat[place] = vectors.from_elements(several, [_element(source[n // 2], n % 2) for n in own])
+        return fa.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
-    out = plgpu.ShapeDtypeStruct(sums.shape, jnp.float32, layout=lanes.tile)
+    out = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=lanes.tile)
     inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=out)
     return inline(rename)(sums)
 
@@ -233,8 +234,8 @@ def by_quad(sums: jax.Array, vector: int, *, interpreted: bool) -> jax.Array:
 def put(target: Any, first: jax.Array, values: jax.Array, lanes: Lanes, *, interpreted: bool) -> None:
     """target[first[r] : first[r] + columns] = values[r] for each row r whose `first` is not negative.
 
-    target: a reference [n] in device memory; first int32 [rows]; values [rows, columns] as `lanes.tile` says, a
-    multiple of 4 bytes a thread, or [rows], one for each row.
+    target: a reference [n] in device memory; first int32 [32]; values [32, columns] as `quads` holds them, a multiple
+    of 4 bytes a thread, or [32], one for each row.
     """
     from jax.experimental import pallas as pl
 
@@ -266,19 +267,18 @@ def put(target: Any, first: jax.Array, values: jax.Array, lanes: Lanes, *, inter
 
         vector = values.layout.vector_length
         own = arith.muli(arith.remui(mgpu.thread_idx(), constant(4)), constant(vector))
-        rows = values.registers.reshape(-1, first.registers.size)
         size = vector * mgpu.bitwidth(element) // 8
-        for half, where in enumerate(first.registers.flat):
-            start = _element(where, 0)
-            inside = arith.cmpi(arith.CmpIPredicate.sge, start, constant(0))
-            start = arith.addi(start, own) if len(values.shape) == 2 else start
-            with ir.InsertionPoint(scf.IfOp(inside).then_block):
-                for m, register in enumerate(rows[:, half]):
-                    place = arith.addi(start, constant(4 * vector * m))
-                    address = mgpu.getelementptr(pointer, [arith.extsi(i64, place)], element)
-                    words = mgpu.bitcast(register, ir.VectorType.get((size // 4,), i32))
-                    llvm.store(words, address, alignment=min(size, 16))
-                scf.yield_([])
+        (where,) = first.registers.flat
+        start = _element(where, 0)
+        inside = arith.cmpi(arith.CmpIPredicate.sge, start, constant(0))
+        start = arith.addi(start, own) if len(values.shape) == 2 else start
+        with ir.InsertionPoint(scf.IfOp(inside).then_block):
+            for m, register in enumerate(values.registers.flat):
+                place = arith.addi(start, constant(4 * vector * m))
+                address = mgpu.getelementptr(pointer, [arith.extsi(i64, place)], element)
+                words = mgpu.bitcast(register, ir.VectorType.get((size // 4,), i32))
+                llvm.store(words, address, alignment=min(size, 16))
+            scf.yield_([])
 
     row = lanes.tile.reduce(1)
     kinds = (plgpu.RefType(), row, lanes.tile if values.ndim == 2 else row)

@@ -18,6 +18,7 @@ of the kernel's columns.
 Not chosen by anything: `paro bench --kinds projection` measures it beside XLA's product and `arrange`.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -36,8 +37,10 @@ from pallas_kernels.arrange.mosaic import bytes_moved as bytes_arranged
 from pallas_kernels.block_attention.hopper import why_not_here
 
 HEAD_DIMS = (64, 128)
-ROWS = 64  # tokens of one consumer warpgroup: the M of wgmma
+ROWS = 64  # tokens of one wgmma
+HALF = ROWS // 2  # tokens that a warpgroup finishes at a time
 DEPTH = 64  # channels of x a step: 128 bytes, the widest swizzle
+_VECTOR = 16  # channels of a head that a thread has side by side; 16 need more registers than there are
 _SMEM = 232448 - 4096  # bytes a program may have, less what barriers and alignment take
 _MULTIPROCESSORS = 132  # of an H100 or H200
 
@@ -49,9 +52,16 @@ class Tiles:
     channels: int  # whole heads
     stages: int  # steps of 64 channels of x in flight
     cluster: int  # programs that share each fetch of the kernel, with tokens of their own
+    turns: bool  # each consumer has a tile of its own and rounds it while the other multiplies; else 64 tokens each
 
     def __post_init__(self) -> None:
         assert self.channels in (128, 256) and self.stages >= 2 and self.cluster in (1, 2), f"{self=}"
+        assert self.channels == 128 or not self.turns, f"{self=}"
+
+    @property
+    def rows(self) -> int:
+        """Tokens of one consumer."""
+        return 2 * ROWS if self.turns else ROWS
 
 
 def why_not(request: Request, *, channels: int, group: str = "row") -> str | None:
@@ -86,7 +96,8 @@ def why_not(request: Request, *, channels: int, group: str = "row") -> str | Non
 def candidates(request: Request) -> tuple[Tiles, ...]:
     """The tiles that fit, the one that should be fastest first."""
     wide = request.heads * request.head_dim
-    every = (Tiles(256, 4, 2), Tiles(256, 4, 1), Tiles(128, 6, 2), Tiles(128, 6, 1))
+    shapes = ((256, 4, False), (128, 6, True))
+    every = [Tiles(channels, stages, cluster, turns) for channels, stages, turns in shapes for cluster in (2, 1)]
     return tuple(tiles for tiles in every if wide % tiles.channels == 0 and shared_memory(tiles) <= _SMEM)
 
 
@@ -102,14 +113,9 @@ class Prepared(NamedTuple):
     places: jax.Array | None  # int32 [H, N]: model token -> kernel slot
 
 
-def prepared(kernel: jax.Array, slots: jax.Array | None, *, width: str) -> Prepared:
-    """kernel [C, H, D] and slots int32 [H, N] (kernel slot -> model token) as `run` reads them, for a `width`."""
-    return Prepared(_lanes.for_quads(kernel, _vector(width)), None if slots is None else _permute.inverse(slots))
-
-
-def _vector(width: str) -> int:
-    """Channels that a thread stores at once: 16 bytes."""
-    return 8 if width == "bf16" else 16
+def prepared(kernel: jax.Array, slots: jax.Array | None) -> Prepared:
+    """kernel [C, H, D] and slots int32 [H, N] (kernel slot -> model token) as `run` reads them."""
+    return Prepared(_lanes.for_quads(kernel, _VECTOR), None if slots is None else _permute.inverse(slots))
 
 
 @partial(jax.jit, static_argnames=("role", "width", "layout", "tiles", "programs"))
@@ -221,8 +227,10 @@ class _Call:
             kernel=plgpu.SMEM((stages, DEPTH, channels), self.dtype, transforms=transforms),
         )
         free = plgpu.Barrier if cluster == 1 else partial(plgpu.ClusterBarrier, collective_axes=("member",))
-        barriers = dict(
-            full=plgpu.Barrier(num_arrivals=2, num_barriers=stages), free=free(num_arrivals=2, num_barriers=stages)
+        turns = self.tiles.turns
+        barriers = dict(  # of `full` a stage has one for each consumer that waits for other tiles than the other
+            full=plgpu.Barrier(num_arrivals=2, num_barriers=(1 + turns) * stages),
+            free=free(num_arrivals=2 - turns, num_barriers=stages),
         )
 
         def kernel(*refs):
@@ -251,25 +259,27 @@ class _Call:
         lead = self.batch, self.heads, self.tokens
         return values.reshape(*lead, self.head_dim), scales[0].reshape(lead) if scales else None
 
-    def over_tiles(self, body: Any) -> None:
-        """body(number, first row of x, first channel of the projection) for each tile of this program, in turn."""
+    def over_tiles(self, body: Any, start: Any = 0, stride: int = 1) -> None:
+        """body(number, first row of x, first channel of the projection) for tiles of this program, in turn."""
         down, across = self.extent
         program = lax.axis_index("program")
         mine = (down * across - program + self.clusters - 1) // self.clusters
         member = lax.axis_index("member") if self.tiles.cluster > 1 else 0
 
-        def tile(number, _):
+        def tile(turn, _):
+            number = start + turn * stride
             # Neighbours share rows of x: the programs that run at once cover all of the kernel and few rows.
             place = program + number * self.clusters
             row = (place // across * self.tiles.cluster + member) * (2 * ROWS)
             body(number, row, place % across * self.tiles.channels)
 
-        lax.fori_loop(0, mine, tile, None)
+        lax.fori_loop(0, (mine - start + stride - 1) // stride, tile, None)
 
-    def slot(self, number: Any, step: Any) -> tuple[Any, Any]:
-        """(the stage of a tile's step, which step of the program it is)"""
-        all_steps = number * self.steps + step
-        return lax.rem(all_steps, jnp.array(self.tiles.stages, all_steps.dtype)), all_steps
+    def slot(self, number: Any, step: Any) -> tuple[Any, Any, Any]:
+        """(stage of a tile's step, its place among the barriers of `full`, which step of the program it is)"""
+        all_steps, stages = number * self.steps + step, self.tiles.stages
+        slot = lax.rem(all_steps, jnp.array(stages, all_steps.dtype))
+        return slot, slot + lax.rem(number, jnp.int32(2)) * stages if self.tiles.turns else slot, all_steps
 
     def producer(self, gmem: dict, smem: dict, bars: dict) -> None:
         """Fetches x and the kernel, a ring of stages ahead of the consumers and from one tile into the next."""
@@ -282,16 +292,13 @@ class _Call:
 
         def tile(number, row, channel):
             def load(step, _):
-                slot, all_steps = self.slot(number, step)
+                slot, full, all_steps = self.slot(number, step)
                 depth = pl.ds(step * DEPTH, DEPTH)
                 pl.when(all_steps >= stages)(lambda: plgpu.barrier_wait(bars["free"].at[slot]))
-                plgpu.copy_gmem_to_smem(
-                    gmem["x"].at[pl.ds(row, 2 * ROWS), depth], smem["x"].at[slot], bars["full"].at[slot]
-                )
-                plgpu.copy_gmem_to_smem(
-                    gmem["kernel"].at[depth, pl.ds(channel, self.tiles.channels)], smem["kernel"].at[slot],
-                    bars["full"].at[slot], **shared,
-                )  # fmt: skip
+                x, kernel = (gmem["x"].at[pl.ds(row, 2 * ROWS), depth],
+                             gmem["kernel"].at[depth, pl.ds(channel, self.tiles.channels)])  # fmt: skip
+                plgpu.copy_gmem_to_smem(x, smem["x"].at[slot], bars["full"].at[full])
+                plgpu.copy_gmem_to_smem(kernel, smem["kernel"].at[slot], bars["full"].at[full], **shared)
 
             lax.fori_loop(0, self.steps, load, None)
 
@@ -313,7 +320,8 @@ class _Call:
 
         plgpu = mosaic()
         plgpu.set_max_registers(232, action="increase")
-        wg = lax.axis_index("wg")
+        wg, rows, turns = lax.axis_index("wg"), self.tiles.rows, self.tiles.turns
+        first = 0 if turns else wg * rows
 
         def tile(number, row, channel):
             def release(step):
@@ -321,52 +329,63 @@ class _Call:
 
             def multiply(acc):
                 def one(step, _):
-                    slot, _ = self.slot(number, step)
-                    plgpu.barrier_wait(bars["full"].at[slot])
-                    plgpu.wgmma(acc, smem["x"].at[slot, pl.ds(wg * ROWS, ROWS)], smem["kernel"].at[slot])
+                    slot, full, _ = self.slot(number, step)
+                    plgpu.barrier_wait(bars["full"].at[full])
+                    x = smem["x"].at[slot] if turns else smem["x"].at[slot, pl.ds(first, rows)]
+                    plgpu.wgmma(acc, x, smem["kernel"].at[slot])
                     plgpu.wgmma_wait(1)  # the step before is done, this one runs on
                     pl.when(step > 0)(lambda: release(step - 1))
 
                 lax.fori_loop(0, self.steps, one, None)
                 return acc[...]
 
-            sums = pl.run_scoped(multiply, plgpu.ACC((ROWS, self.tiles.channels), jnp.float32))
+            sums = pl.run_scoped(multiply, plgpu.ACC((rows, self.tiles.channels), jnp.float32))
             release(self.steps - 1)
-            self.store(gmem, sums, row + wg * ROWS, channel // self.head_dim)
+            for part in range(0, rows, ROWS):
+                self.store(gmem, sums[part : part + ROWS], row + first + part, channel // self.head_dim)
 
-        self.over_tiles(tile)
+        self.over_tiles(tile, *((wg, 2) if turns else ()))
 
     def store(self, gmem: dict, sums: jax.Array, first: Any, head: Any) -> None:
-        """Sums f32 [64, channels] of the rows of x from `first` and the heads from `head`, to their kernel slots."""
-        plgpu = mosaic()
-        lanes, shape = _lanes.quads(_vector(self.width)), (ROWS, self.head_dim)
-        row = first + plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=lanes.tile.reduce(1))
-        batch, token = lax.div(row, jnp.int32(self.tokens)), lax.rem(row, jnp.int32(self.tokens))
-        for own in range(self.tiles.channels // self.head_dim):
-            y = sums[:, own * self.head_dim : (own + 1) * self.head_dim]
-            y = _lanes.by_quad(y, _vector(self.width), interpreted=self.interpreted)
-            y = self.finished(gmem, y, token, head + own, lanes)
-            place = token + (head + own) * self.tokens
-            if "places" in gmem:
-                layout = lanes.tile.reduce(1)
-                place = _lanes.take(gmem["places"], place, layout, interpreted=self.interpreted)
-                place = place + (head + own) * self.tokens
-            place = place + batch * (self.heads * self.tokens)
-            place = jnp.where(row < self.batch * self.tokens, place, -1)
-            put = partial(_lanes.put, lanes=lanes, interpreted=self.interpreted)
-            if self.width == "bf16":
-                put(gmem["values"], place * self.head_dim, y.astype(self.dtype))
-                continue
-            scale = jnp.maximum(jnp.abs(y).max(axis=1), 1e-7) / WIDTHS[self.width].qmax
-            put(gmem["scales"], place, scale)
-            y = y * lax.broadcast_in_dim(1.0 / scale, shape, [0])
-            if self.width != "fp8":  # the low byte is the integer, half to even
-                y = lax.bitcast_convert_type(y + MAGIC, jnp.int32) << (4 * self.upper)
-            put(gmem["values"], place * self.head_dim, y.astype(WIDTHS[self.width].store))
+        """Sums f32 [64, channels] of the rows of x from `first` and the heads from `head`, to their kernel slots.
 
-    def finished(self, gmem: dict, y: jax.Array, token: jax.Array, head: Any, lanes: _lanes.Lanes) -> jax.Array:
-        """y f32 [64, D] after bias, norm, RoPE and the mean, channels in order."""
+        In halves of eight rows a warp: what a thread needs beside its sums, RoPE's angles above all, is then half.
+        """
         plgpu = mosaic()
+        lanes, take = _lanes.quads(_VECTOR), partial(_lanes.take, interpreted=self.interpreted)
+        put = partial(_lanes.put, lanes=lanes, interpreted=self.interpreted)
+        own = plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=lanes.tile.reduce(1))
+        for half, start in itertools.product(range(2), range(0, sums.shape[1], self.head_dim)):
+            row = first + 2 * own - (own & 7) + 8 * half
+            token = lax.rem(row, jnp.int32(self.tokens))
+            heads = head + start // self.head_dim
+            columns = sums[:, start : start + self.head_dim]
+            y = _lanes.by_quad(columns, half, _VECTOR, interpreted=self.interpreted)
+            y, factor = self.finished(gmem, y, token, heads, lanes)
+            place = token + heads * self.tokens
+            if "places" in gmem:
+                place = take(gmem["places"], place, lanes.tile.reduce(1)) + heads * self.tokens
+            place = place + lax.div(row, jnp.int32(self.tokens)) * (self.heads * self.tokens)
+            place = jnp.where(row < self.batch * self.tokens, place, -self.head_dim)
+            if self.width != "bf16":
+                amax = jnp.abs(y).max(axis=1)
+                amax = amax if factor is None else amax * factor
+                scale = jnp.maximum(amax, 1e-7) / WIDTHS[self.width].qmax
+                put(gmem["scales"], place, scale)
+                factor = 1.0 / scale if factor is None else factor / scale
+            y = y if factor is None else y * lax.broadcast_in_dim(factor, y.shape, [0])
+            if self.width in ("int8", "int4"):  # the low byte is the integer, half to even
+                y = lax.bitcast_convert_type(y + MAGIC, jnp.int32) << (4 * self.upper)
+            put(gmem["values"], place * self.head_dim, y.astype(WIDTHS[self.width].store or self.dtype))
+
+    def finished(
+        self, gmem: dict, y: jax.Array, token: jax.Array, head: Any, lanes: _lanes.Lanes
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """(y, factor): f32 [32, D] times [32], or times nothing, is y after bias, norm, RoPE and the mean.
+
+        Where all that follows a norm is linear its factor waits for the one that rounds: a product less for each value.
+        """
+        plgpu, factor = mosaic(), None
 
         def by_row(vector):
             return lax.broadcast_in_dim(vector, y.shape, [0])
@@ -379,13 +398,17 @@ class _Call:
         if self.norm is not None:
             kind, eps = self.norm
             y = y - by_row(y.sum(axis=1) * (1.0 / self.head_dim)) if kind == "layer" else y
-            y = y * by_row(lax.rsqrt((y * y).sum(axis=1) * (1.0 / self.head_dim) + eps))
+            factor = lax.rsqrt((y * y).sum(axis=1) * (1.0 / self.head_dim) + eps)
+            if "norm bias" in gmem or "mean" in gmem:
+                y, factor = y * by_row(factor), None
             y = y * by_channel("norm scale") if "norm scale" in gmem else y
             y = y + by_channel("norm bias") if "norm bias" in gmem else y
         if "cos" in gmem:
-            wide = (ROWS, self.head_dim // 2)
-            pair = plgpu.broadcasted_iota(jnp.int32, wide, 1, layout=lanes.pairs)
-            pair = pair + lax.broadcast_in_dim(token * wide[1], wide, [0])
-            cos, sin = (_lanes.take(gmem[name], pair, lanes.pairs, interpreted=self.interpreted) for name in ("cos", "sin"))
+            pairs = (HALF, self.head_dim // 2)
+            column = plgpu.broadcasted_iota(jnp.int32, pairs, 1, layout=lanes.pairs)
+            pair = lax.broadcast_in_dim(token * pairs[1], pairs, [0]) + column
+            # Heads share a token's angles: loaded once, they would take registers that there are not.
+            take = partial(_lanes.take, again=True, interpreted=self.interpreted)
+            cos, sin = (take(gmem[name], pair, lanes.pairs) for name in ("cos", "sin"))
             y = _lanes.rotated(y, cos, sin, lanes, interpreted=self.interpreted)
-        return y - by_channel("mean") if "mean" in gmem else y
+        return (y - by_channel("mean") if "mean" in gmem else y), factor
