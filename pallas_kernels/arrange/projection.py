@@ -40,7 +40,6 @@ HEAD_DIMS = (64, 128)
 ROWS = 64  # tokens of one wgmma
 HALF = ROWS // 2  # tokens that a warpgroup finishes at a time
 DEPTH = 64  # channels of x a step: 128 bytes, the widest swizzle
-_VECTOR = 16  # channels of a head that a thread has side by side; 16 need more registers than there are
 _SMEM = 232448 - 4096  # bytes a program may have, less what barriers and alignment take
 _MULTIPROCESSORS = 132  # of an H100 or H200
 
@@ -113,9 +112,14 @@ class Prepared(NamedTuple):
     places: jax.Array | None  # int32 [H, N]: model token -> kernel slot
 
 
-def prepared(kernel: jax.Array, slots: jax.Array | None) -> Prepared:
-    """kernel [C, H, D] and slots int32 [H, N] (kernel slot -> model token) as `run` reads them."""
-    return Prepared(_lanes.for_quads(kernel, _VECTOR), None if slots is None else _permute.inverse(slots))
+def prepared(kernel: jax.Array, slots: jax.Array | None, *, width: str) -> Prepared:
+    """kernel [C, H, D] and slots int32 [H, N] (kernel slot -> model token) as `run` reads them for a `width`."""
+    return Prepared(_lanes.for_quads(kernel, _vector(width)), None if slots is None else _permute.inverse(slots))
+
+
+def _vector(width: str) -> int:
+    """Channels of a head that a thread has side by side: 16 bytes of what it stores."""
+    return 8 if width == "bf16" else 16
 
 
 @partial(jax.jit, static_argnames=("role", "width", "layout", "tiles", "programs"))
@@ -146,8 +150,8 @@ def run(x, weights, bias, norm, rope, mean, *, role, width, layout="rows", tiles
     arrays |= {name: per_head(weight) for name, weight in given.items() if weight is not None}
     call = _Call(
         batch, heads, tokens, channels, head_dim, x.dtype, width, tiles, programs or _MULTIPROCESSORS,
-        upper=layout == "hopper" and width == "int4" and role == "k", norm=None if norm is None else (norm.kind, norm.eps),
-        interpreted=interpreted_device() is not None,
+        upper=layout == "hopper" and width == "int4" and role == "k",
+        norm=None if norm is None else (norm.kind, norm.eps), interpreted=interpreted_device() is not None,
     )  # fmt: skip
     values, scales = call.run(dict(zip(arrays, _check.share_mesh_axes(*arrays.values()), strict=True)))
     mean = None if mean is None else jnp.broadcast_to(per_head(mean), (batch, heads, head_dim))
@@ -351,16 +355,16 @@ class _Call:
 
         In halves of eight rows a warp: what a thread needs beside its sums, RoPE's angles above all, is then half.
         """
-        plgpu = mosaic()
-        lanes, take = _lanes.quads(_VECTOR), partial(_lanes.take, interpreted=self.interpreted)
+        plgpu, vector = mosaic(), _vector(self.width)
+        lanes, take = _lanes.quads(vector), partial(_lanes.take, interpreted=self.interpreted)
         put = partial(_lanes.put, lanes=lanes, interpreted=self.interpreted)
         own = plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=lanes.tile.reduce(1))
-        for half, start in itertools.product(range(2), range(0, sums.shape[1], self.head_dim)):
+        for start, half in itertools.product(range(0, sums.shape[1], self.head_dim), range(2)):
             row = first + 2 * own - (own & 7) + 8 * half
             token = lax.rem(row, jnp.int32(self.tokens))
             heads = head + start // self.head_dim
             columns = sums[:, start : start + self.head_dim]
-            y = _lanes.by_quad(columns, half, _VECTOR, interpreted=self.interpreted)
+            y = _lanes.by_quad(columns, half, vector, interpreted=self.interpreted)
             y, factor = self.finished(gmem, y, token, heads, lanes)
             place = token + heads * self.tokens
             if "places" in gmem:
