@@ -38,6 +38,10 @@ class Case:
     tiles: Tiles = ALONE
     programs: int = 1
 
+    def __str__(self) -> str:
+        changed = [f"{v}" for k, v in vars(self).items() if k != "tiles" and v != getattr(Case, k)]
+        return "-".join([self.role, self.width, *changed, *(["together"] if not self.tiles.turns else [])])
+
     def solve(self):
         """(found, expected): the kernel's, and the reference's of the product in float32."""
         rng, (h, d, n) = np.random.default_rng(0), (self.heads, self.head_dim, self.tokens)

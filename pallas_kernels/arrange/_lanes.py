@@ -259,7 +259,8 @@ def put(target: Any, first: jax.Array, values: jax.Array, lanes: Lanes, *, inter
 
     def store(ctx: Any, target: Any, first: Any, values: Any) -> None:
         i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
-        element = ir.MemRefType(target.type).element_type
+        # As an integer: LLVM has no eight-bit floats to count addresses by.
+        element = ir.IntegerType.get_signless(mgpu.bitwidth(ir.MemRefType(target.type).element_type))
         pointer = llvm.addrspacecast(llvm.PointerType.get(address_space=1), mgpu.memref_ptr(target))
 
         def constant(value: int) -> Any:
