@@ -41,7 +41,6 @@ ROWS = 64  # tokens of one wgmma
 HALF = ROWS // 2  # tokens that a warpgroup finishes at a time
 DEPTH = 64  # channels of x a step: 128 bytes, the widest swizzle
 _SMEM = 232448 - 4096  # bytes a program may have, less what barriers and alignment take
-_MULTIPROCESSORS = 132  # of an H100 or H200
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ def run(x, weights, bias, norm, rope, mean, *, role, width, layout="rows", tiles
     given |= {} if norm is None else {"norm scale": norm.scale, "norm bias": norm.bias}
     arrays |= {name: per_head(weight) for name, weight in given.items() if weight is not None}
     call = _Call(
-        batch, heads, tokens, channels, head_dim, x.dtype, width, tiles, programs or _MULTIPROCESSORS,
+        batch, heads, tokens, channels, head_dim, x.dtype, width, tiles, programs or _multiprocessors(),
         upper=layout == "hopper" and width == "int4" and role == "k",
         norm=None if norm is None else (norm.kind, norm.eps), interpreted=interpreted_device() is not None,
     )  # fmt: skip
@@ -157,6 +156,12 @@ def run(x, weights, bias, norm, rope, mean, *, role, width, layout="rows", tiles
     mean = None if mean is None else jnp.broadcast_to(per_head(mean), (batch, heads, head_dim))
     values, scales, mean, _ = _check.share_mesh_axes(values, scales, mean, x)  # Mosaic's say nothing about a mesh
     return values, scales, mean
+
+
+def _multiprocessors() -> int:
+    """Of the default device; of an H100 or H200 where that is no GPU. One program fits in each."""
+    device = jax.devices()[0]
+    return device.core_count if device.platform == "gpu" else 132
 
 
 def bytes_moved(request: Request, *, channels: int, rope: bool) -> dict[str, int]:
