@@ -16,7 +16,7 @@ from pallas_kernels.workloads import WORKLOADS
 
 REQUEST = replace(WORKLOADS["cogvideox_5b"], op="projection", device="sm_90", role="q", qk="int8", layout="hopper")
 TOGETHER, TURNS = Tiles(256, 2, 2, turns=False), Tiles(128, 2, 2, turns=True)
-ALONE = replace(TURNS, cluster=1, stages=3)
+ALONE = replace(TURNS, cluster=1)
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,13 @@ class Case:
 @pytest.mark.parametrize(
     "case",
     [
-        # An odd number of tokens, two heads in two orders.
-        Case(norm="rms"),
-        # Tokens of two batch entries in one tile, four tiles that two warpgroups take turns with; members of a cluster.
-        Case(norm="rms", batch=2, tokens=65, tiles=TURNS, programs=2, mean=True, role="k"),
+        # An odd number of tokens, two heads in two orders; three tiles of three steps through a ring of two, in turns.
+        Case(norm="rms", tokens=299, channels=136),
+        # Tokens of two batch entries in one tile; two programs of a cluster, two tiles each.
+        Case(norm="rms", batch=2, tokens=150, tiles=TURNS, programs=2, mean=True, role="k"),
         Case("bf16", norm="layer", head_dim=128, heads=1, tokens=130),
         # The last program of the cluster is past the end, and 72 channels end inside a step.
-        Case(head_dim=128, tokens=130, channels=72, norm="layer", role="k", mean=True, tiles=TOGETHER, programs=2),
+        Case(head_dim=128, tokens=300, channels=72, norm="layer", role="k", mean=True, tiles=TOGETHER, programs=2),
         Case("bf16", "v", rope=False, permuted=False, tokens=8),
         Case("int4", "k", tokens=33),
         Case("fp8", tokens=33, rope=False),

@@ -353,7 +353,7 @@ class _Call:
             for part in range(0, rows, ROWS):
                 self.store(gmem, sums[part : part + ROWS], row + first + part, channel // self.head_dim)
 
-        self.over_tiles(tile, *((wg, 2) if turns else ()))
+        self.over_tiles(tile, wg if turns else 0, 1 + turns)
 
     def store(self, gmem: dict, sums: jax.Array, first: Any, head: Any) -> None:
         """Sums f32 [64, channels] of the rows of x from `first` and the heads from `head`, to their kernel slots.

@@ -250,11 +250,11 @@ def _projection(job: Job, settings: Settings, timer: timing.Timer | None) -> Row
         raise Missing(f"the fused kernel does not serve this: {reason}")
     plan = cases.plan(case, "dense", 1.0, job.qk, job.pv)
     x, weights, _, norm, rope = _layer(case)
-    weight, mean = weights["qkv".index(role)], plan.k_mean if role == "k" else None
-    block = case.block[role != "q"]
+    weight, extras = weights["qkv".index(role)], (norm, rope, plan.k_mean if role == "k" else None)
+    block, prepare = case.block[role != "q"], partial(projection.prepared, width=width)
 
     @jax.jit
-    def apart(x, weight, slots):
+    def apart(x, weight, slots, norm, rope, mean):
         y = jnp.einsum("bnc,chd->bnhd", x, weight)
         return kernel_arrange(
             y, slots, role=role, width=width, group="row", block=block, norm=norm, rope=rope, mean=mean,  # type: ignore
@@ -262,23 +262,19 @@ def _projection(job: Job, settings: Settings, timer: timing.Timer | None) -> Row
         )  # fmt: skip
 
     def fused(tiles):
-        return jax.jit(
-            lambda x, ready: projection.run(
-                x, ready, None, norm, rope, mean, role=role, width=width, layout="hopper", tiles=tiles
-            )
-        )
+        run = partial(projection.run, role=role, width=width, layout="hopper", tiles=tiles)
+        return jax.jit(lambda x, ready, *extras: run(x, ready, None, *extras))
 
     def time(function, *arguments):
         return timing.measure(function, arguments, seconds=settings.seconds / 3, timer=timer)
 
-    theirs, expected = time(apart, x, weight, plan.slots)
-    prepare = partial(projection.prepared, width=width)
+    theirs, expected = time(apart, x, weight, plan.slots, *extras)
     ready = jax.block_until_ready(jax.jit(prepare)(weight, plan.slots))
     found: dict[projection.Tiles, timing.Timing] = {}
     errors, failed = {}, {}
     for tiles in projection.candidates(request):
         try:
-            found[tiles], got = time(fused(tiles), x, ready)
+            found[tiles], got = time(fused(tiles), x, ready, *extras)
         except Exception as error:
             failed[tiles] = failure(error)
             if failed[tiles].get("poisoned") or len(failed) == len(projection.candidates(request)):
@@ -286,7 +282,8 @@ def _projection(job: Job, settings: Settings, timer: timing.Timer | None) -> Row
             continue
         errors[tiles] = _stored_error(got, expected, n, block)
     best = min(found, key=lambda tiles: found[tiles].ms)
-    whole, _ = time(jax.jit(lambda x, weight, slots: fused(best)(x, prepare(weight, slots))), x, weight, plan.slots)
+    both = jax.jit(lambda x, weight, slots, *extras: fused(best)(x, prepare(weight, slots), *extras))
+    whole, _ = time(both, x, weight, plan.slots, *extras)
     every = {**{t: timed.ms for t, timed in found.items()}, **{t: row["reason"] for t, row in failed.items()}}
     return {
         **_facts(found[best]),
