@@ -81,7 +81,7 @@ def rotated(x: jax.Array, cos: jax.Array, sin: jax.Array, lanes: Lanes, *, inter
         return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
 
     from jax.experimental.mosaic.gpu import fragmented_array as fa
-    from jaxlib.mlir.dialects import arith, vector
+    from jaxlib.mlir.dialects import arith, math, vector
 
     plgpu = mosaic()
 
@@ -93,8 +93,8 @@ def rotated(x: jax.Array, cos: jax.Array, sin: jax.Array, lanes: Lanes, *, inter
             for i in range(cos.layout.vector_length):
                 even, odd = _element(pairs, 2 * i), _element(pairs, 2 * i + 1)
                 ci, si = _element(c, i), _element(s, i)
-                turned.append(arith.subf(arith.mulf(even, ci), arith.mulf(odd, si)))
-                turned.append(arith.addf(arith.mulf(even, si), arith.mulf(odd, ci)))
+                turned.append(math.fma(arith.negf(odd), si, arith.mulf(even, ci)))  # no contraction unless asked
+                turned.append(math.fma(odd, ci, arith.mulf(even, si)))
             registers.flat[place] = vector.from_elements(pairs.type, turned)
         return fa.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
 
