@@ -79,7 +79,8 @@ def report(target: str = "sm_90a", progress: Progress = lambda message: None) ->
     arrange's are per 128 tokens of one head, its `bound_ratio` is over "memory": what its inputs and outputs take at
     the device's bandwidth, each once, RoPE's tables apart (they come from L2).
     Those of the projection that stores blocks are per 128 tokens of one head too. `after` is the part of `clocks` that
-    comes after a tile's products; the tensor unit waits for it unless two tiles take turns.
+    comes after a tile's products; the tensor unit waits for it unless two tiles take turns. `spills_among_products`:
+    instructions of the main loop that store or load spilled registers.
     Raises ValueError for a target without kernels, MissingCompiler where the CUDA compiler packages are missing.
     """
     return [measure(name, request, target, progress) for name, request in kernels(target)]
@@ -222,6 +223,7 @@ def _measure_projection(name: str, request: Request, target: str, progress: Prog
         "instructions": instructions,
         "clocks": clocks,
         "after": after,
+        "spills_among_products": sum(op.startswith(("STL", "LDL")) for op in products.every),
         "bound_ratio": bounds[1],
         "bound_ratio_every": bounds[0],
     }
