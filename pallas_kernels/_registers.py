@@ -20,6 +20,8 @@ LEVEL = 2.0**-24
 _CUBIC = (0.99992806, 0.69326109, 0.24261133, 0.05517132)
 _LEAST = -120.0  # an exponent whose power is 0 in levels, and not yet below the normal numbers
 
+SLACK = 8.0  # halvings that a maximum may rise before an output is rescaled: its weights then reach 2^8
+
 # The keys at 16 positions of the left operand: thread t of four holds scores 2t, 2t+1, 8+2t, 8+2t+1 and packs 4t..4t+3.
 KEY_ORDER = tuple(key for t in range(4) for key in (2 * t, 2 * t + 1, 8 + 2 * t, 8 + 2 * t + 1))
 
@@ -108,7 +110,7 @@ def pack(p: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
             llvm.inline_asm(i32, [high, low], "cvt.rn.f16x2.f32 $0, $1, $2;", "=r,f,f", asm_dialect=0)
             for low, high in (four[:2], four[2:])
         ]
-        word = mgpu.prmt(*halves, constant(0x6420))
+        word = mgpu.prmt(halves[0], halves[1], constant(0x6420))
         start = constant(MAGIC_BITS) if total is None else total
         return word, llvm.inline_asm(
             i32, [word, constant(0x01010101), start], "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", asm_dialect=0

@@ -19,16 +19,17 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels._check import WIDTHS
 from pallas_kernels._choose import NoBackend, Request
+from pallas_kernels._machine_code import main_loop, tensor
 from pallas_kernels._packed import KEYS, PACKED
 from pallas_kernels._targets import TARGETS, Target
-from pallas_kernels.arrange import Norm, Rope
+from pallas_kernels.arrange import Norm, Rope, projection
 from pallas_kernels.arrange import mosaic as arrange_kernel
 from pallas_kernels.block_attention import ampere, hopper
 
@@ -59,27 +60,10 @@ _RATES = {
 _WAVEFRONTS = (("88.4", 4), ("88.2", 2), (".128", 4), (".64", 2))
 _GROUP = {"q": "row", "k": "block", "v": "channel"}  # what one scale covers by default
 _PROGRAMS = {"ptxas": "nvcc", "nvdisasm": "nvdisasm"}  # that compile and show machine code, and whose package has each
-_TENSOR = ("HGMMA", "IGMMA", "QGMMA", "HMMA", "IMMA")
 
 
 class MissingCompiler(ValueError):
     """The packages that compile for a GPU are not installed. The message says how to install them."""
-
-
-class Loop(NamedTuple):
-    """The main loop of a kernel: opcodes with their modifiers, in order.
-
-    `instructions`: those of a step that takes every shortcut; `every`: also those that some steps jump over, such as
-    masking the keys past the end or rescaling the output where a maximum rose.
-    """
-
-    instructions: list[str]
-    every: list[str]
-
-
-def tensor(instructions: list[str]) -> list[str]:
-    """The tensor instructions among some."""
-    return [op for op in instructions if op.split(".")[0] in _TENSOR]
 
 
 def report(target: str = "sm_90a", progress: Progress = lambda message: None) -> list[Row]:
@@ -94,6 +78,9 @@ def report(target: str = "sm_90a", progress: Progress = lambda message: None) ->
     where it did not, each of the 384 threads has at most 168.
     arrange's are per 128 tokens of one head, its `bound_ratio` is over "memory": what its inputs and outputs take at
     the device's bandwidth, each once, RoPE's tables apart (they come from L2).
+    Those of the projection that stores blocks are per 128 tokens of one head too. `after` is the part of `clocks` that
+    comes after a tile's products; the tensor unit waits for it unless two tiles take turns. `spills_among_products`:
+    instructions of the main loop that store or load spilled registers.
     Raises ValueError for a target without kernels, MissingCompiler where the CUDA compiler packages are missing.
     """
     return [measure(name, request, target, progress) for name, request in kernels(target)]
@@ -115,6 +102,9 @@ def kernels(target: str) -> Iterator[tuple[str, Request]]:
         for width, role in itertools.product(widths, ("q", "k", "v")):
             request = replace(NAMED[name], op="arrange", block=(128, 128), qk=width, pv=width, device=device)
             yield f"{name} arrange {role} {width}", replace(request, role=role, layout=layout)
+        for role in ("q", "k") if found.kernel is hopper else ():
+            request = replace(NAMED[name], op="projection", qk="int8", device=device, role=role, layout="hopper")
+            yield f"{name} projection {role} int8", request
 
 
 def _target(target: str) -> Target:
@@ -129,10 +119,14 @@ def _target(target: str) -> Target:
     )
 
 
-def measure(name: str, request: Request, target: str, progress: Progress = lambda message: None) -> Row:
-    """The row of one request."""
+def measure(
+    name: str, request: Request, target: str, progress: Progress = lambda message: None, tiles: Any = None
+) -> Row:
+    """The row of one request; tiles: of a projection, None for the first candidate."""
     require_compiler()
     kernel = _target(target).kernel
+    if request.op == "projection":
+        return _measure_projection(name, request, target, progress, tiles)
     if request.op == "arrange":
         return _measure_arrange(name, request, target, progress)
     if reason := kernel.why_not(request):
@@ -178,9 +172,7 @@ def _measure_arrange(name: str, request: Request, target: str, progress: Progres
     code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.]+)", sass)
     instructions, clocks = per_block([op for op in code if op != "NOP"], 128 * tiles.tokens, target)
     moved = arrange_kernel.bytes_moved(request, width=width, group=group, rope=False)
-    each = (moved["read"] + moved["written"]) / (request.batch * request.heads * request.kv_tokens)
-    gpu = _target(target).gpu
-    clocks["memory"] = 128 * each / (gpu["bandwidth"] / (gpu["cores"] * gpu["ghz"] * 1e9))
+    clocks["memory"] = _memory(moved, request, target)
     return {
         "name": name,
         "target": target,
@@ -192,6 +184,54 @@ def _measure_arrange(name: str, request: Request, target: str, progress: Progres
         "bound_ratio": max(clocks.values()) / clocks["memory"],
         "bound_ratio_every": max(clocks.values()) / clocks["memory"],
     }
+
+
+def _memory(moved: dict[str, int], request: Request, target: str) -> float:
+    """Clocks of one SM that what a call reads and writes takes at the device's bandwidth, for 128 tokens of a head."""
+    each = (moved["read"] + moved["written"]) / (request.batch * request.heads * request.kv_tokens)
+    gpu = _target(target).gpu
+    return 128 * each / (gpu["bandwidth"] / (gpu["cores"] * gpu["ghz"] * 1e9))
+
+
+def _measure_projection(name: str, request: Request, target: str, progress: Progress, tiles: Any) -> Row:
+    """The row of a projection that stores blocks, C = H * D, for 128 tokens of one head."""
+    channels = request.heads * request.head_dim
+    if reason := projection.why_not(request, channels=channels):
+        raise NoBackend(f"no kernel can be compiled for {request}: {reason}.")
+    tiles = tiles or projection.candidates(request)[0]
+    progress(f"compiling {name} for {target}")
+    with tempfile.TemporaryDirectory() as folder:
+        sass, facts = compile_ahead(request, target, Path(folder), tiles)
+    # A consumer's loop over tiles stores to device memory; in it lies the loop over channels of x, with the products.
+    products, tile = main_loop(sass), main_loop(sass, _stored)
+    done = tiles.rows * tiles.channels // request.head_dim * 128
+    memory = _memory(projection.bytes_moved(request, channels=channels, rope=True), request, target)
+    bounds, instructions, clocks, after = [], {}, {}, {}
+    for own, whole in ((products.every, tile.every), (products.instructions, tile.instructions)):
+        rest = list((collections.Counter(whole) - collections.Counter(own)).elements())
+        _, after = per_block(rest, done, target)
+        instructions, clocks = per_block(own * -(-channels // projection.DEPTH) + rest, done, target)
+        clocks["memory"] = memory
+        exposed = 0.0 if tiles.turns else max(after.values())
+        bounds.append(max(clocks["tensor"] + exposed, *clocks.values()) / clocks["tensor"])
+    return {
+        "name": name,
+        "target": target,
+        **facts,
+        "shared_memory": projection.shared_memory(tiles),
+        "tensor_instructions": sorted(set(tensor(products.instructions))),
+        "instructions": instructions,
+        "clocks": clocks,
+        "after": after,
+        "spills_among_products": sum(op.startswith(("STL", "LDL")) for op in products.every),
+        "bound_ratio": bounds[1],
+        "bound_ratio_every": bounds[0],
+    }
+
+
+def _stored(instructions: list[str]) -> list[str]:
+    """Stores to device memory."""
+    return [op for op in instructions if op.split(".")[0] == "STG"]
 
 
 def _bytes(width: str, dtype: str) -> int:
@@ -276,7 +316,7 @@ def _tool(name: str) -> Path | None:
     return None
 
 
-def compile_ahead(request: Request, target: str, folder: Path) -> tuple[str, Row]:
+def compile_ahead(request: Request, target: str, folder: Path, tiles: Any = None) -> tuple[str, Row]:
     """(machine code as text, `compiler_facts`) of a request's kernel, by way of Mosaic in a process of its own.
 
     Its settings are read once a process. The machine code is what Mosaic would launch: ptxas alone makes another.
@@ -288,7 +328,7 @@ def compile_ahead(request: Request, target: str, folder: Path) -> tuple[str, Row
         "MOSAIC_GPU_DUMP_SASS": "1",
         "MOSAIC_GPU_DUMP_TO": str(folder),
     }
-    work = json.dumps({"request": asdict(request), "target": target})
+    work = json.dumps({"request": asdict(request), "target": target, "tiles": tiles and asdict(tiles)})
     package = str(Path(__file__).parents[1])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
@@ -301,8 +341,8 @@ def compile_ahead(request: Request, target: str, folder: Path) -> tuple[str, Row
     return found[-1].read_text(), compiler_facts(found[-1].with_suffix(".ptxas").read_text())
 
 
-def lower(request: Request, target: str) -> Any:
-    """Compile a request for a target; nothing of it needs a GPU. Returns the compiled call."""
+def lower(request: Request, target: str, tiles: dict[str, Any] | None = None) -> Any:
+    """Compile a request for a target; nothing of it needs a GPU. Returns the compiled call. tiles: of a projection."""
     from jax.experimental import topologies
 
     topology = topologies.get_topology_desc(
@@ -314,9 +354,9 @@ def lower(request: Request, target: str) -> Any:
     def like(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    if request.op == "arrange":
+    if request.op != "block_attention":
         with _architecture(request.device):
-            return _lower_arrange(request, like)
+            return _lower_arrange(request, like) if tiles is None else _lower_projection(request, tiles, like)
     kernel = _target(target).kernel
     lead = request.batch, request.heads
     nq, nk = -(-request.q_tokens // request.block[0]), -(-request.kv_tokens // request.block[1])
@@ -366,11 +406,7 @@ def _architecture(device: str) -> Iterator[None]:
 def _lower_arrange(request: Request, like: Callable[..., Any]) -> Any:
     """arrange as models call it: q and k with an RMS norm and RoPE, k less a calibrated mean; groups by default."""
     tokens, heads, dim, role = request.kv_tokens, request.heads, request.head_dim, request.role
-    norm = rope = mean = None
-    if role != "v":
-        norm = Norm("rms", like(dim))
-        rope = Rope(like(tokens, dim // 2), like(tokens, dim // 2))
-        mean = like(heads, dim) if role == "k" and request.qk != "bf16" else None
+    norm, rope, mean = _extras(request, like)
     width, block = (request.pv if role == "v" else request.qk), request.block[role != "q"]
     run = partial(
         arrange_kernel.run, role=role, width=width, block=block,
@@ -378,6 +414,26 @@ def _lower_arrange(request: Request, like: Callable[..., Any]) -> Any:
     )  # fmt: skip
     x = like(request.batch, tokens, heads, dim, dtype=jnp.dtype(request.dtype))
     return jax.jit(run).lower(x, like(heads, tokens, dtype=jnp.int32), norm, rope, mean).compile()
+
+
+def _lower_projection(request: Request, tiles: dict[str, Any], like: Callable[..., Any]) -> Any:
+    """A projection as models have them, C = H * D and a bias, then as arrange."""
+    tokens, heads, dim, role = request.kv_tokens, request.heads, request.head_dim, request.role
+    channels, dtype = heads * dim, jnp.dtype(request.dtype)
+    weights = projection.Prepared(like(channels, heads, dim, dtype=dtype), like(heads, tokens, dtype=jnp.int32))
+    width = request.pv if role == "v" else request.qk
+    run = partial(projection.run, role=role, width=width, layout=request.layout, tiles=projection.Tiles(**tiles))
+    x = like(request.batch, tokens, channels, dtype=dtype)
+    return jax.jit(run).lower(x, weights, like(heads, dim), *_extras(request, like)).compile()
+
+
+def _extras(request: Request, like: Callable[..., Any]) -> tuple[Norm | None, Rope | None, Any]:
+    """(norm, RoPE, mean) of a role: of q and k an RMS norm and RoPE, of rounded k a calibrated mean."""
+    tokens, heads, dim = request.kv_tokens, request.heads, request.head_dim
+    if request.role == "v":
+        return None, None, None
+    mean = like(heads, dim) if request.role == "k" and request.qk != "bf16" else None
+    return Norm("rms", like(dim)), Rope(like(tokens, dim // 2), like(tokens, dim // 2)), mean
 
 
 def compiler_facts(text: str) -> Row:
@@ -400,89 +456,7 @@ def compiler_facts(text: str) -> Row:
     }
 
 
-class _Instruction(NamedTuple):
-    name: str
-    target: str | None  # the label it may jump to
-    falls: bool  # whether the next instruction may follow
-
-
-def main_loop(sass: str, wanted: Callable[[list[str]], list[str]] = tensor) -> Loop:
-    """The innermost loop with the most tensor instructions, or others that are wanted, in nvdisasm's text."""
-    code: list[_Instruction] = []
-    labels: dict[str, int] = {}
-    for line in sass.splitlines():
-        if label := re.match(r"^\.(L_x_\d+):", line):
-            labels[label[1]] = len(code)
-        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.x]+)([^;]*)", line):
-            predicate, name, operands = found.groups()
-            target = re.search(r"L_x_\d+", operands) if name.startswith("BRA") else None
-            always = not predicate and not re.search(r"U?P\d|UR\d", operands)
-            ends = name.startswith(("BRA", "EXIT", "RET")) and always
-            code.append(_Instruction(name, target[0] if target else None, not ends))
-    jumps = {i: labels[op.target] for i, op in enumerate(code) if op.target in labels}
-    follow = [
-        ([i + 1] if op.falls and i + 1 < len(code) else []) + ([jumps[i]] if i in jumps else [])
-        for i, op in enumerate(code)
-    ]
-    before: list[list[int]] = [[] for _ in code]
-    for i, after in enumerate(follow):
-        for j in after:
-            before[j].append(i)
-
-    heads: dict[int, list[int]] = {}
-    for i, start in jumps.items():
-        if start <= i:
-            heads.setdefault(start, []).append(i)
-    loops: list[tuple[set[int], Loop]] = []
-    for start, ends in heads.items():
-        inside, todo = {start}, list(ends)
-        while todo:  # what reaches the jump back without passing the start
-            if (i := todo.pop()) not in inside:
-                inside.add(i)
-                todo += before[i]
-        if not wanted([code[i].name for i in sorted(inside)]):
-            continue
-        if path := _shortest(code, follow, start, ends, inside, wanted):
-            loops.append((inside, Loop([code[i].name for i in path], [code[i].name for i in sorted(inside)])))
-    # A program that does one item after another has a loop around it all.
-    inner = [loop for inside, loop in loops if not any(other < inside for other, _ in loops)]
-    best = max(inner, key=lambda loop: (len(wanted(loop.instructions)), -len(loop.every)), default=None)
-    if best is None or not wanted(best.instructions):
-        raise RuntimeError("the machine code has no loop with tensor instructions; an attention kernel's has one")
-    return best
-
-
-def _shortest(
-    code: list[_Instruction], follow: list[list[int]], start: int, ends: list[int], inside: set[int],
-    wanted: Callable[[list[str]], list[str]],
-) -> list[int]:  # fmt: skip
-    """The way from `start` to one of `ends` past most wanted instructions, and of those the one with fewest others.
-
-    Forward only: neither into a loop inside nor to code that lies behind the loop. Empty where there is none.
-    """
-    cost = {start: (-len(wanted([code[start].name])), 1)}
-    came: dict[int, int] = {}
-    for i in sorted(inside):
-        for j in follow[i] if i in cost else ():
-            if i < j and j in inside:
-                new = (cost[i][0] - len(wanted([code[j].name])), cost[i][1] + 1)
-                if j not in cost or new < cost[j]:
-                    cost[j], came[j] = new, i
-    reached = [end for end in ends if end in cost]
-    if not reached:
-        return []
-    path = [min(reached, key=lambda end: cost[end])]
-    while path[-1] != start:
-        path.append(came[path[-1]])
-    return path[::-1]
-
-
-def opcodes(instructions: list[str]) -> dict[str, int]:
-    """How often each opcode comes, most frequent first: what to look at when a bound is too high."""
-    return dict(collections.Counter(op.split(".")[0] for op in instructions).most_common())
-
-
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
     given["request"] |= {name: tuple(given["request"][name]) for name in ("block", "features")}
-    lower(Request(**given["request"]), given["target"])
+    lower(Request(**given["request"]), given["target"], given["tiles"])

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import arrange
+from pallas_kernels.arrange.projection import Tiles
 from pallas_kernels.bench import ceilings, peers, timing
 from paro_jax.bench import cases, jobs, measure, report, run, targets
 from paro_jax.bench.jobs import Job, Settings
@@ -223,6 +225,46 @@ def test_what_cannot_be_had_here_says_why():
     assert row["status"] == "missing" and "always kept" in row["reason"]
     row = measure.measure(replace(ATTENTION, contestant="hopper"), replace(SETTINGS, backend="hopper"), fake_timer)
     assert row["status"] == "missing" and "is not sm_90" in row["reason"] and run.status([row]) == 1
+
+
+def test_one_kernel_from_projection_to_blocks_is_a_row_that_says_why_it_is_missing():
+    job = Job("projection", "cogvideox_5b", "fused", "int8", "int8", role="k")
+    row = measure.measure(job, SETTINGS, fake_timer)
+    assert row["status"] == "missing" and row["role"] == "k" and run.status([row]) == 0
+    assert "the fused kernel does not serve this: device cpu is not sm_90" in row["reason"]
+    every = jobs.jobs(replace(SETTINGS, device="sm_90"), workloads=("flux_1024",), kinds=("projection",))
+    assert {job.role for job in every if job.kind == "projection"} == {"q", "k"}
+
+
+@pytest.mark.parametrize("wrong", [1.0, 3.0], ids=["right", "wrong"])
+def test_its_row_is_of_the_fastest_tiles_and_of_the_same_numbers(monkeypatch, wrong):
+    """With a stand-in for the kernel, of which one tile fails and one is faster than the other."""
+    few = [Tiles(128, stages, 1, turns=True) for stages in (2, 3, 4)]
+    turns = iter([6.0, 3.0, 2.0, 2.5])  # apart, two tiles, with preparation
+
+    def stand_in(x, weights, bias, norm, rope, mean, *, role, width, layout, tiles):
+        if tiles == few[0]:
+            raise ValueError("no")
+        (kernel, slots), case = weights, dict(group="row", block=64, norm=norm, rope=rope, mean=mean)
+        y = jnp.einsum("bnc,chd->bnhd", x, kernel)
+        values, scales, mean = arrange(y, slots, role=role, width=width, **case, implementation="reference")
+        return values, wrong * scales, mean
+
+    monkeypatch.setattr(measure.projection, "why_not", lambda request, channels: None)
+    monkeypatch.setattr(measure.projection, "candidates", lambda request: few)
+    monkeypatch.setattr(measure.projection, "prepared", lambda kernel, slots, width: (kernel, slots))
+    monkeypatch.setattr(measure.projection, "run", stand_in)
+
+    def timer(call, runs):
+        call()
+        return [next(turns)] * 3
+
+    row = measure.measure(Job("projection", "cogvideox_5b", "fused", "int8", "int8", role="q"), SETTINGS, timer)
+    assert row["status"] == ("measured" if wrong == 1 else "failed"), row
+    assert row["ms"] == 2.0 and row["apart_ms"] == 6.0 and row["speedup"] == 3.0 and row["whole_ms"] == 2.5
+    assert row["tiles"]["stages"] == 4 and row["tiles_ms"][str(few[0])] == "ValueError: no"
+    assert row["error"] < 0.01 if wrong == 1 else "wrong result" in row["reason"]
+    assert json.loads(json.dumps(row))["role"] == "q"
 
 
 # --- the run --------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from pallas_kernels import compile_report
+from pallas_kernels import _machine_code, compile_report
 from pallas_kernels.workloads import WORKLOADS
 from paro_jax.__main__ import main
 
@@ -28,12 +28,12 @@ SASS = """
 
 
 def test_the_main_loop_is_the_one_with_tensor_instructions():
-    loop = compile_report.main_loop(SASS)
+    loop = _machine_code.main_loop(SASS)
     assert len(loop.instructions) == 7 and loop.every == loop.instructions
-    assert compile_report.tensor(loop.instructions) == ["IGMMA.64x128x32.S8.S8"] * 2
-    assert compile_report.opcodes(loop.instructions)["MUFU"] == 1
+    assert _machine_code.tensor(loop.instructions) == ["IGMMA.64x128x32.S8.S8"] * 2
+    assert _machine_code.opcodes(loop.instructions)["MUFU"] == 1
     with pytest.raises(RuntimeError, match="no loop with tensor instructions"):
-        compile_report.main_loop(SASS.replace("IGMMA", "IADD3"))
+        _machine_code.main_loop(SASS.replace("IGMMA", "IADD3"))
 
 
 def test_what_most_steps_jump_over_is_counted_apart():
@@ -55,15 +55,15 @@ def test_what_most_steps_jump_over_is_counted_apart():
         /*00f0*/                   I2FP.F32.S32 R9, R24 ;
         /*0100*/                   BRA `(.L_x_3) ;
 """
-    loop = compile_report.main_loop(SASS[: SASS.index("        /*0060*/")] + jumps)
-    usual, every = (compile_report.opcodes(ops) for ops in loop)
+    loop = _machine_code.main_loop(SASS[: SASS.index("        /*0060*/")] + jumps)
+    usual, every = (_machine_code.opcodes(ops) for ops in loop)
     assert usual == {"BRA": 4, "IGMMA": 2, "FMNMX": 1, "FADD": 1, "SYNCS": 1}
     assert every == usual | {"BRA": 5, "FMUL": 2, "I2FP": 1}
 
 
 def test_clocks_are_instructions_over_rates():
     # One pass does 64 x 128 scores, so 128 x 128 take two, each in 4 warps.
-    instructions, clocks = compile_report.per_block(compile_report.main_loop(SASS).instructions, 64 * 128)
+    instructions, clocks = compile_report.per_block(_machine_code.main_loop(SASS).instructions, 64 * 128)
     assert instructions["ex2"] == instructions["fp32"] == instructions["integer"] == instructions["pack"] == 8
     assert instructions["tensor"] == 16 and instructions["all"] == 56 and instructions["conversion"] == 0
     assert clocks["ex2"] == 16 and clocks["fp32"] == 2 and clocks["integer"] == 4 and clocks["issue"] == 14
@@ -75,7 +75,7 @@ def test_clocks_are_instructions_over_rates():
     ("kind", "clocks"), [("IGMMA.64x128x32", 256), ("QGMMA.64x128x32", 256), ("HGMMA.64x128x32", 512)]
 )
 def test_each_kind_of_tensor_instruction_has_its_rate(kind, clocks):
-    loop = compile_report.main_loop(SASS.replace("IGMMA.64x128x32.S8.S8", kind))
+    loop = _machine_code.main_loop(SASS.replace("IGMMA.64x128x32.S8.S8", kind))
     assert compile_report.per_block(loop.instructions, 64 * 128)[1]["tensor"] == clocks
 
 
@@ -96,7 +96,8 @@ def test_every_named_workload_is_there_at_every_width():
     rows = dict(compile_report.kernels("sm_90a"))
     assert rows["flux_1024 arrange v int8"].role == "v" and rows["flux_1024 arrange v int8"].op == "arrange"
     kinds = compile_report.TARGETS["sm_90a"].kinds
-    assert len(rows) == len(compile_report.WORKLOADS) * (len(kinds) * len(compile_report.SHAPES) + 3)
+    assert len(rows) == len(compile_report.WORKLOADS) * (len(kinds) * len(compile_report.SHAPES) + 3 + 2)
+    assert rows["flux_1024 projection k int8"].role == "k" and rows["flux_1024 projection k int8"].qk == "int8"
     assert rows["flux_1024 int8/int8 64x64 running"].p_scale == "running"
     assert rows["wan_14b_720p int8/int8 128x128"] == replace(
         WORKLOADS["wan_14b_720p"], block=(128, 128), qk="int8", pv="int8", device="sm_90"

@@ -15,12 +15,11 @@ from jax import lax
 
 from pallas_kernels import _packed, _registers
 from pallas_kernels._check import WIDTHS
-from pallas_kernels._registers import LEVEL, MAGIC, MAGIC_BITS
+from pallas_kernels._registers import LEVEL, MAGIC, MAGIC_BITS, SLACK
 from pallas_kernels.block_attention import _work
 
 ROWS = 64  # query tokens of one consumer warpgroup: the M of wgmma
 _SUMMED_KEYS = (2**31 - 1) // 127**2  # what an int32 sum of P @ V has room for
-_SLACK = 8.0  # halvings that a maximum may rise before the output is rescaled: its weights then reach 2^8
 FAR = 2.0**13  # of a score in log2 units: beyond, its float32 is too coarse to subtract others from
 _NOBODYS, _NO_MORE = -1, -2  # instead of a number of steps: a list without a query block, no item any more
 _MASKED_BITS = -0x4800000  # of -2^120, as an int32: a score that gives P = 0 at any factor
@@ -370,7 +369,7 @@ class Call:
         local = self.pv != "bf16" and self.p_scale == "block"
         summed = self.pv == "int8" and not local and "v_block" not in smem and self.kv_tokens <= _SUMMED_KEYS
         # P that is rounded relative to the running maximum has no level above it.
-        slack = _SLACK if local or self.pv == "bf16" else 0.0
+        slack = SLACK if local or self.pv == "bf16" else 0.0
         row_layout, column_layout = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
         plgpu.barrier_wait(bars["q"].at[held])

@@ -27,7 +27,7 @@ from pallas_kernels import _check, _fragments, _registers
 from pallas_kernels._check import FLOATS, WIDTHS
 from pallas_kernels._choose import Request, device_name, widths_served
 from pallas_kernels._interpret import interpreted_device, interpreter_would_hang
-from pallas_kernels._registers import MAGIC, MAGIC_BITS
+from pallas_kernels._registers import MAGIC, MAGIC_BITS, SLACK
 from pallas_kernels.block_attention.reference import token_scales
 from pallas_kernels.block_attention.xla import Spec, attend_bwd
 
@@ -343,6 +343,8 @@ class _Call:
         first = row * bq + wg * ROWS
         local = self.pv != "bf16" and self.p_scale == "block"
         levels = WIDTHS[self.pv].p_levels
+        # P that is rounded relative to the running maximum has no level above it.
+        slack = SLACK if local or self.pv == "bf16" else 0.0
         whole = "delta" in gmem  # scores leave their product with every factor and addend
         biased = self.qk != "bf16" and "k_row" not in gmem and not whole  # scores are MAGIC higher
         acc_layout = plgpu.Layout.WGMMA  # which is that of mma's accumulator
@@ -379,12 +381,6 @@ class _Call:
             """p @ v of integers, as float32. From zero, for which registers need no start, and there are few here."""
             acc = plus_product(matrix(v.shape[1], 0, jnp.int32), p, v, self.pv, unsigned=True)
             return lax.bitcast_convert_type(acc + MAGIC_BITS, jnp.float32) - MAGIC
-
-        def rescaled(arrays, old, new):
-            """Arrays relative to the maxima `new` after `old`."""
-            if not self.interpreted:
-                return _registers.rescaled(arrays, old, new)
-            return tuple(array * by_row(jnp.exp2(old - new), array) for array in arrays)
 
         # -- the ring of stages
 
@@ -554,13 +550,12 @@ class _Call:
                 s_top = jnp.maximum(s_top, _LOWEST)
             # Rounded, for good: Mosaic lets a product be contracted with the difference below it.
             block_top = s_top if whole else lax.optimization_barrier((s_top - MAGIC if biased else s_top) * factor)
-            new_top = jnp.maximum(top, block_top)
-            relative, behind = (block_top, None) if local else (new_top, new_top - block_top)
+            *accs, total, top = _registers.rescaled((*accs, total), top, block_top, slack, interpreted=self.interpreted)
+            relative, behind = (block_top, None) if local else (top, top - block_top)
             p = probabilities(s, s_top, factor, relative, behind)
-            *accs, total = rescaled((*accs, total), top, new_top)
-            weight = jnp.exp2(block_top - new_top) if local else None
+            weight = jnp.exp2(block_top - top) if local else None
             accs, total = plus_values(accs, total, p, slot, block, weight, prefetch)
-            return accs, new_top, total, upcoming
+            return accs, top, total, upcoming
 
         for i, name in product(range(stages - 1), ("k", "v")):
             pl.when(i < steps)(partial(fetch, name, jnp.int32(i), listed(jnp.int32(i))))

@@ -49,7 +49,10 @@ def add(commands: Any) -> None:
         "--widths", type=_widths, nargs="+", metavar="QK/PV", help="(default bf16/bf16 int8/int8 fp8/fp8 int8/bf16)"
     )
     parser.add_argument(
-        "--kinds", choices=["attention", "peer", "path", "scaling"], nargs="+", help="of rows (default all)"
+        "--kinds",
+        choices=["attention", "peer", "path", "projection", "scaling"],
+        nargs="+",
+        help="of rows (default all)",
     )
     parser.add_argument("--masks", choices=["calibrated", "random"], nargs="+", help="(default both)")
     parser.add_argument(
@@ -371,6 +374,11 @@ def _tables(settings: Settings, result: Row) -> None:
         ("name", "widths", "kept", "ms", "dense_layer_ms", "layer_speedup", "overhead_ms",
          "overhead_of_dense_attention", "status"),
     )  # fmt: skip
+    _show.table(
+        "projection to blocks: one kernel (ms), XLA's product and arrange (apart_ms)",
+        [r for r in rows if r["kind"] == "projection"],
+        ("name", "role", "widths", "ms", "whole_ms", "apart_ms", "speedup", "error", "timer", "status"),
+    )
     _show.table("cost against kept blocks", [r for r in rows if r["kind"] == "scaling"],
                 ("tokens", "heads", "widths", "kept_blocks", "ms", "tops", "status"))  # fmt: skip
     if line := result["linearity"]:

@@ -9,7 +9,7 @@ from paro_jax.bench.cases import DENSITIES, GRIDS
 
 WIDTHS = (("bf16", "bf16"), ("int8", "int8"), ("fp8", "fp8"), ("int8", "bf16"))
 MASKS = ("calibrated", "random")
-KINDS = ("attention", "peer", "path", "scaling")
+KINDS = ("attention", "peer", "path", "projection", "scaling")
 SCALING_TOKENS = (4096, 8192, 16384, 32768, 65536, 131072)
 SCALING_HEADS, SCALING_DENSITY = 8, 0.2
 # These decide: CogVideoX has 64 channels a head, FLUX at 2048 pixels 128 at 16k tokens.
@@ -40,7 +40,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """One row. `kind`: "ceiling", "attention" (ours), "peer", "path", "scaling" or "tune"."""
+    """One row. `kind`: "ceiling", "attention" (ours), "peer", "path", "projection", "scaling" or "tune"."""
 
     kind: str
     name: str  # of the workload; for a ceiling, of what is measured
@@ -51,10 +51,13 @@ class Job:
     density: float = 1.0
     tokens: int | None = None  # of "scaling"
     tiles: dict[str, int] | None = field(default=None, hash=False)  # of "tune"
+    role: str = ""  # of "projection"
 
     def __str__(self) -> str:
         if self.kind == "ceiling":
             return f"ceiling {self.name}"
+        if self.kind == "projection":
+            return f"{self.name} projection {self.role} {self.qk}"
         what = f"{self.contestant}" if self.kind == "peer" else f"{self.contestant} {self.qk}/{self.pv}"
         kept = "dense" if self.density == 1 else f"{100 * self.density:g} % {self.mask}"
         more = f" {self.tokens} tokens" if self.tokens else ""
@@ -92,6 +95,7 @@ def jobs(
             for density in sorted({max(settings.densities), _nearest(0.2, settings.densities)}, reverse=True):
                 mask = "dense" if density == 1 else masks[0]
                 found.append(Job("path", workload, settings.backend, qk, pv, mask, density))
+        found += [Job("projection", workload, "fused", "int8", "int8", role=role) for role in ("q", "k")]
     for tokens in scaling:
         qk, pv = widths[-1] if ("int8", "int8") not in widths else ("int8", "int8")
         found.append(Job("scaling", "scaling", settings.backend, qk, pv, "random", SCALING_DENSITY, tokens))
@@ -131,6 +135,8 @@ def _rank(job: Job) -> int:
     if first and job.contestant == "torch flex" and job.mask != "random":
         return 3
     if job.kind == "scaling":
+        return 4
+    if first and job.kind == "projection":
         return 4
     if first and job.mask != "random" and (job.kind == "peer" or job.kind == "path" or main):
         return 5

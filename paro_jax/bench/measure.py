@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import Norm, Request, Rope, _tiles
-from pallas_kernels.arrange.reference import normed, rotated
+from pallas_kernels.arrange import arrange as kernel_arrange
+from pallas_kernels.arrange import projection
+from pallas_kernels.arrange.reference import normed, rotated, spread
 from pallas_kernels.bench import ceilings, peers, timing
 from pallas_kernels.block_attention import operand_layout
 from pallas_kernels.workloads import backends
@@ -237,8 +239,81 @@ def _path_calls(backend: str, dense_name: str) -> dict[str, Callable[..., Any]]:
     return {name: jax.jit(f) for name, f in {**parts, "dense layer": dense_layer, "our layer": our_layer}.items()}
 
 
+def _projection(job: Job, settings: Settings, timer: timing.Timer | None) -> Row:
+    """One kernel from projection to blocks beside XLA's product and `arrange`, on the same tensors, one scale a token.
+
+    `ms`: with the tiles that are fastest, of `tiles_ms`, weights and orders prepared beforehand; `whole_ms`: with their
+    preparation; `apart_ms`: XLA's product, then `arrange`. `speedup` is apart_ms / ms.
+    """
+    case = sized(job, settings)
+    n, role, width = case.grid.tokens, job.role, job.qk
+    request = Request(
+        "projection", case.batch, case.heads, n, n, case.head_dim, case.dtype, case.block, job.qk, job.pv,
+        device=settings.device, role=role, layout="hopper",
+    )  # fmt: skip
+    if reason := projection.why_not(request, channels=case.channels):
+        raise Missing(f"the fused kernel does not serve this: {reason}")
+    plan = cases.plan(case, "dense", 1.0, job.qk, job.pv)
+    x, weights, _, norm, rope = _layer(case)
+    weight, extras = weights["qkv".index(role)], (norm, rope, plan.k_mean if role == "k" else None)
+    block, prepare = case.block[role != "q"], partial(projection.prepared, width=width)
+
+    @jax.jit
+    def apart(x, weight, slots, norm, rope, mean):
+        y = jnp.einsum("bnc,chd->bnhd", x, weight)
+        return kernel_arrange(
+            y, slots, role=role, width=width, group="row", block=block, norm=norm, rope=rope, mean=mean,  # type: ignore
+            layout="hopper", implementation=settings.backend,
+        )  # fmt: skip
+
+    def fused(tiles):
+        run = partial(projection.run, role=role, width=width, layout="hopper", tiles=tiles)
+        return jax.jit(lambda x, ready, *extras: run(x, ready, None, *extras))
+
+    def time(function, *arguments):
+        return timing.measure(function, arguments, seconds=settings.seconds / 3, timer=timer)
+
+    theirs, expected = time(apart, x, weight, plan.slots, *extras)
+    ready = jax.block_until_ready(jax.jit(prepare)(weight, plan.slots))
+    found: dict[projection.Tiles, timing.Timing] = {}
+    errors, failed = {}, {}
+    for tiles in projection.candidates(request):
+        try:
+            found[tiles], got = time(fused(tiles), x, ready, *extras)
+        except Exception as error:
+            failed[tiles] = failure(error)
+            if failed[tiles].get("poisoned") or len(failed) == len(projection.candidates(request)):
+                raise
+            continue
+        errors[tiles] = _stored_error(got, expected, n, block)
+    best = min(found, key=lambda tiles: found[tiles].ms)
+    both = jax.jit(lambda x, weight, slots, *extras: fused(best)(x, prepare(weight, slots), *extras))
+    whole, _ = time(both, x, weight, plan.slots, *extras)
+    every = {**{t: timed.ms for t, timed in found.items()}, **{t: row["reason"] for t, row in failed.items()}}
+    return {
+        **_facts(found[best]),
+        **_right(max(errors.values()), (width, width)),
+        "tokens": n, "batch": case.batch, "heads": case.heads, "head_dim": case.head_dim, "dtype": case.dtype,
+        "tiles": asdict(best),
+        "tiles_ms": {str(tiles): ms for tiles, ms in every.items()},
+        "whole_ms": whole.ms,
+        "apart_ms": theirs.ms,
+        "speedup": theirs.ms / found[best].ms,
+    }  # fmt: skip
+
+
+def _stored_error(got: tuple, expected: tuple, tokens: int, block: int) -> float:
+    """Relative L1 difference of two results of `arrange`, multiplied out, of the last batch entry and head."""
+    a, b = (
+        values[-1:, -1:].astype(jnp.float32) * (1 if scales is None else spread(scales[-1:, -1:], tokens, block))
+        for values, scales, _ in (got, expected)
+    )
+    return float(jnp.abs(a - b).sum() / jnp.abs(b).sum())
+
+
 _KINDS: dict[str, Callable[[Job, Settings, timing.Timer | None], Row]] = {
     "ceiling": _ceiling, "attention": _ours, "scaling": _ours, "tune": _ours, "peer": _peer, "path": _path,
+    "projection": _projection,
 }  # fmt: skip
 
 
