@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels._registers import mosaic
+from pallas_kernels._registers import LEVEL, mosaic
 
 _EIGHTS = {"int8": 2, "int4": 4}  # score columns, in eights, that one register of the left operand holds
 
@@ -58,15 +58,15 @@ def key_major(v: jax.Array, block: int, width: str) -> jax.Array:
 def operand(parts: Sequence[jax.Array], width: str, dtype: Any, *, interpreted: bool) -> jax.Array:
     """P as the left operand of its product, [64, keys], from its parts f32 [64, some keys] in the accumulator's layout.
 
-    width "bf16": of values, rounded to `dtype`. "int8", "int4": of MAGIC + integers in [0, 127] or [0, 15], by
-    `key_order`; int4 is [64, keys / 2] bytes. No value changes its thread.
+    width "bf16": of values, rounded to `dtype`. "int8", "int4": of numbers of LEVELs up to 127 or 15, rounded to whole
+    ones as `_registers.pack` does, by `key_order`; int4 is [64, keys / 2] bytes. No value changes its thread.
     """
     rows, keys = parts[0].shape[0], sum(part.shape[1] for part in parts)
     if interpreted:
         whole = jnp.concatenate(parts, axis=1)
         if width == "bf16":
             return whole.astype(dtype)
-        whole = jax.lax.bitcast_convert_type(whole, jnp.int32).astype(jnp.int8)  # the low byte
+        whole = jnp.round(whole / LEVEL).astype(jnp.int8)
         whole = whole.reshape(rows, -1, _EIGHTS[width], 4, 2).swapaxes(2, 3).reshape(rows, keys)  # by key_order
         return packed(whole) if width == "int4" else whole
 
@@ -87,25 +87,18 @@ def operand(parts: Sequence[jax.Array], width: str, dtype: Any, *, interpreted: 
         def constant(value: int) -> Any:
             return arith.constant(i32, ir.IntegerAttr.get(i32, value))
 
-        def low_bytes(pairs: Any, element: int) -> list[Any]:
-            """Of four pairs (or two, both elements) one word of low bytes."""
-            return [arith.bitcast(i32, _element(pair, element)) for pair in pairs]
+        def both(low: Any, high: Any, kind: str) -> Any:  # one instruction for two scores
+            return llvm.inline_asm(i32, [high, low], f"cvt.rn.{kind}x2.f32 $0, $1, $2;", "=r,f,f", asm_dialect=0)
 
         def word(four: list[Any]) -> Any:
-            low = mgpu.prmt(four[0], four[1], constant(0x0040))
-            high = mgpu.prmt(four[2], four[3], constant(0x0040))
-            return mgpu.prmt(low, high, constant(0x5410))
+            return mgpu.prmt(both(*four[:2], "f16"), both(*four[2:], "f16"), constant(0x6420))
 
         if width == "bf16":
             kind = "f16" if dtype == jnp.float16 else "bf16"
             element = ir.F16Type.get() if kind == "f16" else ir.BF16Type.get()
 
-            def register(pair: Any) -> Any:  # one instruction for two scores
-                both = llvm.inline_asm(
-                    i32, [_element(pair, 1), _element(pair, 0)], f"cvt.rn.{kind}x2.f32 $0, $1, $2;", "=r,f,f",
-                    asm_dialect=0,
-                )  # fmt: skip
-                return mgpu.bitcast(both, ir.VectorType.get((2,), element))
+            def register(pair: Any) -> Any:
+                return mgpu.bitcast(both(_element(pair, 0), _element(pair, 1), kind), ir.VectorType.get((2,), element))
 
             words = [register(pairs[half, eight]) for eight in range(keys // 8) for half in range(2)]
         else:
@@ -115,10 +108,9 @@ def operand(parts: Sequence[jax.Array], width: str, dtype: Any, *, interpreted: 
                 for half in range(2):
                     some = pairs[half, first : first + each]
                     if width == "int8":
-                        bits = [b for pair in some for b in low_bytes([pair], 0) + low_bytes([pair], 1)]
-                        four = word(bits)
+                        four = word([_element(pair, e) for pair in some for e in range(2)])
                     else:
-                        even, odd = word(low_bytes(some, 0)), word(low_bytes(some, 1))
+                        even, odd = (word([_element(pair, e) for pair in some]) for e in range(2))
                         four = arith.addi(arith.shli(odd, constant(4)), even)
                     words.append(mgpu.bitcast(four, ir.VectorType.get((4,), ir.IntegerType.get_signless(8))))
         target = layout.to_mgpu()

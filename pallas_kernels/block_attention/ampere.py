@@ -27,7 +27,7 @@ from pallas_kernels import _check, _fragments, _registers
 from pallas_kernels._check import FLOATS, WIDTHS
 from pallas_kernels._choose import Request, device_name, widths_served
 from pallas_kernels._interpret import interpreted_device, interpreter_would_hang
-from pallas_kernels._registers import MAGIC, MAGIC_BITS, SLACK
+from pallas_kernels._registers import LEVEL, MAGIC, MAGIC_BITS, SLACK
 from pallas_kernels.block_attention.reference import token_scales
 from pallas_kernels.block_attention.xla import Spec, attend_bwd
 
@@ -481,12 +481,14 @@ class _Call:
             return jnp.where(lax.broadcasted_iota(jnp.int32, part.shape, 1) < count, part, _MASKED)
 
         def exponent(s, top, factor, relative, behind):
-            """log2 of P, 1 where scores are `relative`; behind: how far that is above top, None for nothing."""
+            """log2 of P, in levels where it is an integer, 1 where scores are `relative`; behind: how far that is above
+            top, None for nothing."""
+            height = 0.0 if self.pv == "bf16" else math.log2(levels * LEVEL)
             if whole:
-                return s - by_row(relative, s)
+                return s - by_row(relative - height, s)
             # The difference first: of integers it is exact, and a large product less its rounded self is not zero.
             x = (s - by_row(top, s)) * by_row(factor, s)
-            return x if behind is None else x - by_row(behind, x)
+            return x + height if behind is None else x - by_row(behind - height, x)
 
         def scaled(x, weight):
             """x times weight by row; no weight is 1."""
@@ -527,7 +529,7 @@ class _Call:
             p = [jnp.exp2(exponent(part, top, factor, relative, behind)) for part in parts]
             if self.pv == "bf16":
                 return [operand([part]) for part in p]
-            return operand([part * levels + MAGIC for part in p])  # rounds to nearest, half to even
+            return operand(p)
 
         def scale_of(block):
             return gmem["k_block"][batch, head, block] if "k_block" in gmem else jnp.float32(1.0)
