@@ -137,7 +137,7 @@ def _rank(job: Job) -> int:
     if job.kind == "scaling":
         return 4
     if first and job.kind == "projection":
-        return 4
+        return 5
     if first and job.mask != "random" and (job.kind == "peer" or job.kind == "path" or main):
         return 5
     if not first and (cudnn or (job.kind == "attention" and main and job.mask != "random")):
