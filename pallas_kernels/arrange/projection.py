@@ -149,7 +149,7 @@ def run(x, weights, bias, norm, rope, mean, *, role, width, layout="rows", tiles
     arrays |= {name: per_head(weight) for name, weight in given.items() if weight is not None}
     call = _Call(
         batch, heads, tokens, channels, head_dim, x.dtype, width, tiles, programs or _multiprocessors(),
-        upper=layout == "hopper" and width == "int4" and role == "k",
+        upper=layout == "hopper" and width == "int4",
         norm=None if norm is None else (norm.kind, norm.eps), interpreted=interpreted_device() is not None,
     )  # fmt: skip
     values, scales = call.run(dict(zip(arrays, _check.share_mesh_axes(*arrays.values()), strict=True)))
