@@ -78,6 +78,7 @@ class Case:
         Case(head_dim=128, tokens=300, channels=72, norm="layer", role="k", mean=True, tiles=TOGETHER, programs=2),
         Case("bf16", "v", rope=False, permuted=False, tokens=8),
         Case("int4", "k", tokens=33),
+        Case("int4", "q", tokens=9),
         Case("fp8", tokens=33, rope=False),
     ],
     ids=str,
