@@ -172,9 +172,9 @@ class Torch:
         try:
             self.process.stdin.write(json.dumps(job) + "\n")
             self.process.stdin.flush()
-            line = self.process.stdout.readline()
         except BrokenPipeError:
-            line = ""
+            pass  # what it said before it ended is still there to read
+        line = self.process.stdout.readline()
         if not line:
             status = self.process.wait()
             self._stop()
