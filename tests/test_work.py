@@ -34,8 +34,16 @@ def test_two_rows_that_share_a_program_are_neighbours_in_length():
 
 
 def test_each_vmapped_call_counts_for_itself():
-    counters = jax.vmap(_work.counters)(jnp.ones((3, 2, 2)).at[1].set(jnp.nan))
+    items = jnp.arange(5, dtype=jnp.int32)
+    made = jax.jit(jax.vmap(lambda x: _work.counters(items, x)))
+    counters = made(jnp.ones((3, 2, 2)).at[1].set(jnp.nan))
     assert counters.shape == (3, 2) and counters.dtype == jnp.int32 and not np.asarray(counters).any()
+
+
+def test_the_counters_are_no_constant():
+    """XLA shares constants, and this array is written to."""
+    made = jax.jit(_work.counters).lower(jnp.arange(5, dtype=jnp.int32), jnp.ones((2, 2)))
+    assert "compare" in made.compile().as_text()
 
 
 def test_when_the_last_core_is_done():

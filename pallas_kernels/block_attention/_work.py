@@ -42,9 +42,13 @@ def programs(items: int, *, interpreted: bool) -> int:
     return min(items, here.core_count if here.platform == "gpu" else 132)  # ahead of time: an H100's or H200's
 
 
-def counters(like: jax.Array) -> jax.Array:
-    """int32 [2], zeros for `draw`: items drawn and programs done. Where vmap gives `like` an axis, each has its own."""
-    return jnp.zeros(2, jnp.int32) + 0 * like.reshape(-1)[:1].astype(jnp.int32)
+def counters(items: jax.Array, like: jax.Array) -> jax.Array:
+    """int32 [2], zeros for `draw`: items drawn and programs done. Where vmap gives `like` an axis, each has its own.
+
+    As far as XLA knows they depend on `items`: they are made anew for each launch, and no constant that others share.
+    """
+    below = (items[:1] < 0).astype(jnp.int32)  # none is
+    return jnp.broadcast_to(below, (2,)) + 0 * like.reshape(-1)[:1].astype(jnp.int32)
 
 
 def draw(counters: Any, drawn: Any, turn: Any, programs: int, *, interpreted: bool) -> Any:

@@ -209,8 +209,9 @@ def _forward(
         batch, heads, q_tokens, kv_tokens, dim, block, to_log2, qk, pv, p_scale, out_dtype, tiles,
         qk_dtype=q.dtype, pv_dtype=v.dtype, packed=packed(qk, pv, layout), interpreted=interpreted,
     )  # fmt: skip
-    arrays = dict(counters=_work.counters(q), items=items, rows=rows, count=count, index=index, slots=slots, q=q, k=k,
-                  v=v, q_row=q_row, k_block=k_block, k_row=k_row, v_channel=v_channel, v_block=v_block)  # fmt: skip
+    counters = _work.counters(items, q)
+    arrays = dict(counters=counters, items=items, rows=rows, count=count, index=index, slots=slots, q=q, k=k, v=v,
+                  q_row=q_row, k_block=k_block, k_row=k_row, v_channel=v_channel, v_block=v_block)  # fmt: skip
     o, lse = call.run({name: array for name, array in arrays.items() if array is not None})
     o, lse, _ = _check.share_mesh_axes(o, lse, q)  # Mosaic's results say nothing about a mesh
     return o[..., :head_dim], _permute.to_model(lse[:, :, :q_tokens, None], slots[:, :q_tokens])[..., 0]
