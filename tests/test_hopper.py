@@ -352,7 +352,8 @@ EVERY = [dict(zip(FOUR, row, strict=True)) for row in itertools.product(*FOUR.va
 @pytest.mark.usefixtures("hopper_here")
 @pytest.mark.parametrize("row", EVERY, ids=row_id)
 def test_gpu_is_the_reference(row):
-    check_where_exponentials_differ(problem_of(**row, heads=2), "hopper")
+    problem = problem_of(**row, heads=2)
+    check_where_exponentials_differ(problem, "hopper", hopper_numbers(problem))
 
 
 @pytest.mark.gpu

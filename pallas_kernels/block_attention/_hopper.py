@@ -23,7 +23,7 @@ _SUMMED_KEYS = (2**31 - 1) // 127**2  # what an int32 sum of P @ V has room for
 _SLACK = 8.0  # halvings that a maximum may rise before the output is rescaled: its weights then reach 2^8
 FAR = 2.0**13  # of a score in log2 units: beyond, its float32 is too coarse to subtract others from
 _NOBODYS, _NO_MORE = -1, -2  # instead of a number of steps: a list without a query block, no item any more
-_MASKED_BITS = -0x4800000  # of -2^120, as an int32: a score that gives P = 0 at any factor
+_MASKED_BITS = -0x4800000  # of -2^120, as an int32: a score that gives P = 0 at any factor above 2^-112
 _LEAST = MAGIC - 2.0**22  # below every integer score beside MAGIC
 _LOWEST = -3.4028235e38  # a maximum before the first score: finite, so that a masked score of -inf gives exp2(-inf) = 0
 

@@ -7,10 +7,11 @@ a skipped block costs nothing, not even a branch.
 Unusual: (1) A query block of 128 rows is shared by both consumers; with blocks of 64 rows each consumer has its own
 row, list and ring of stages, and rows are paired by their number of kept blocks. (2) Integer scores start at the bits
 of 1.5 * 2^23, so that the int32 sum read as float32 *is* a float: no conversion per score. (3) P goes from the scores'
-registers to the A operand's without a shuffle, because V's keys are stored in the order in which they then meet.
-(4) Nothing is rescaled while no maximum rises. With int8 P against the running maximum the output then stays in the
-int32 accumulator of wgmma. A rise rounds it once and brings 127 levels to its row, so the roundings of all rises
-together move the output by less than max |v| / 2 / 127^2. (5) The output leaves row by row, each to its model token.
+registers to the A operand's without a shuffle, because V's keys are stored in the order in which they then meet. (4)
+Nothing is rescaled while no maximum rises, by eight halvings where P has room for them. With int8 P against the running
+maximum, which has none, the output stays in the int32 accumulator of wgmma meanwhile. A rise rounds it once and brings
+127 levels to its row, so the roundings of all rises together move the output by less than max |v| / 2 / 127^2. (5) The
+output leaves row by row, each to its model token.
 int4 is values on a 4-bit grid through the int8 unit; in layout "hopper_packed" its K and V come two to a byte, and the
 fetching warpgroup unpacks them on their way.
 """
