@@ -276,7 +276,7 @@ def rescaled(
     the other for all its rows.
     """
     if interpreted:
-        larger = jnp.where(new > top + slack, new, top)
+        larger = jnp.where(new <= top + slack, top, jnp.maximum(top, new))
         fade = jnp.exp2(top - larger)
         scaled = [x.astype(jnp.float32) * (fade[:, None] if x.ndim == 2 else fade) for x in arrays]
         whole = [
@@ -307,8 +307,8 @@ def rescaled(
 
         return [*(register for array in arrays for register in scaled(array)), *larger.registers.flat]
 
-    # A NaN goes its way without: into the weights of its row.
-    vote = "setp.gt.f32 p, $3, $1; setp.gt.or.f32 p, $4, $2, p;"
+    # Unordered: a NaN is above everything, and stays; an integer P would hide it.
+    vote = "setp.gtu.f32 p, $3, $1; setp.gtu.or.f32 p, $4, $2, p;"
     return _where_any(vote, faded, (*arrays, top), (top + slack, new))
 
 

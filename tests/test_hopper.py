@@ -101,6 +101,22 @@ def test_the_same_integers(changed, cubics, bound, factor):
     assert_close(lse, same[1], 1e-5 * factor)
 
 
+@pytest.mark.parametrize("tiles", [hopper.Tiles(64, 2, 0, 2), hopper.Tiles(64, 1, 0, 1)], ids=["ahead", "one by one"])
+def test_a_program_does_one_item_after_another(tiles, monkeypatch):
+    """Five items on two programs: queries, stages and barriers come round again, the last item has one list, and a
+    list has no step at all."""
+    monkeypatch.setattr(hopper, "candidates", lambda request: (tiles,))
+    tokens = 520 + tiles.stages  # traced for these tiles alone
+    problem = Problem(
+        heads=1, q_tokens=tokens, kv_tokens=150, head_dim=64, qk="int8", pv="int8", mask="empty rows", block=(64, 64)
+    )
+    with interpret():
+        found = jax.block_until_ready(problem.solve("hopper"))
+    largest = float(np.abs(np.asarray(problem.qkv[2])).max())
+    for a, b, bound in zip(found, integers(problem, 0), (1e-4 * largest, 1e-5), strict=True):
+        assert_close(a, b, bound)
+
+
 @pytest.mark.parametrize("p_scale", ["block", "running"])
 def test_those_integers_are_the_reference_s_but_for_ties(p_scale):
     """The emulation against the oracle: one P in a hundred lies so near a half that its row's rounding decides."""
@@ -336,7 +352,8 @@ EVERY = [dict(zip(FOUR, row, strict=True)) for row in itertools.product(*FOUR.va
 @pytest.mark.usefixtures("hopper_here")
 @pytest.mark.parametrize("row", EVERY, ids=row_id)
 def test_gpu_is_the_reference(row):
-    check_where_exponentials_differ(problem_of(**row, heads=2), "hopper")
+    problem = problem_of(**row, heads=2)
+    check_where_exponentials_differ(problem, "hopper", hopper_numbers(problem))
 
 
 @pytest.mark.gpu

@@ -104,6 +104,20 @@ def test_scales_of_zero_do_not_bring_masked_keys_back(qk):
         assert_close(a, b, bound)
 
 
+@pytest.mark.parametrize("scale", ["q_scale", "k_scale"])
+@pytest.mark.parametrize("p_scale", ["block", "running"])
+def test_a_scale_of_nan_is_not_hidden(scale, p_scale):
+    """Scores of NaN beside a P of integers, which know none: the rows that saw them are NaN, others are not."""
+    facts = dict(q_tokens=64, kv_tokens=130, head_dim=64, mask="ones", permuted=False)
+    problem = Problem(heads=1, qk="int8", pv="int8", p_scale=p_scale, **facts)
+    changed = {scale: problem.operands[scale].at[0, 0, 1].set(jnp.nan)}
+    with interpret():
+        found = jax.block_until_ready(problem.solve("hopper", **changed))
+    for a, b in zip(found, problem.solve("reference", **changed), strict=True):
+        np.testing.assert_array_equal(np.isnan(np.asarray(a, np.float32)), np.isnan(np.asarray(b, np.float32)))
+        assert np.isnan(np.asarray(b, np.float32)).any()
+
+
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 

@@ -172,6 +172,13 @@ def test_every_tile_fits_packed_too():
                 assert hopper.candidates(request)[0].stages <= hopper.candidates(whole)[0].stages
 
 
+def test_a_program_is_as_large_as_mosaic_says():
+    """Which aligns arrays and wants room for reductions: 233712 bytes by its own refusal, of 232448 that there are."""
+    request = replace(REQUEST, dtype="float32", head_dim=96, block=(128, 128))
+    assert 233712 <= hopper.shared_memory(request, hopper.Tiles(128, 4, 2, 2)) <= 233712 + 512
+    assert hopper.candidates(request)[0].stages == 3
+
+
 # ---- the compiler ---------------------------------------------------------------------------------------------------
 
 AHEAD = {

@@ -22,7 +22,8 @@ ROWS = 64  # query tokens of one consumer warpgroup: the M of wgmma
 _SUMMED_KEYS = (2**31 - 1) // 127**2  # what an int32 sum of P @ V has room for
 FAR = 2.0**13  # of a score in log2 units: beyond, its float32 is too coarse to subtract others from
 _NOBODYS, _NO_MORE = -1, -2  # instead of a number of steps: a list without a query block, no item any more
-_MASKED_BITS = -0x4800000  # of -2^120, as an int32: a score that gives P = 0 at any factor
+_MASKED_BITS = -0x4800000  # of -2^120, as an int32: a score that gives P = 0 at any factor above 2^-112
+_LEAST = MAGIC - 2.0**22  # below every integer score beside MAGIC
 _LOWEST = -3.4028235e38  # a maximum before the first score: finite, so that a masked score of -inf gives exp2(-inf) = 0
 
 
@@ -433,12 +434,13 @@ class Call:
                 s = s * by_column(smem["k_row"].at[slot], keys)
             release("k_free", slot, read="k_row" in smem)
             s = masked(s, real)
-            top = s.max(axis=1)
-            if self.parts > 1 and s.dtype != jnp.int32:  # half a block may lie past the end, and -inf * 0 is NaN
-                top = jnp.maximum(top, _LOWEST)
-            if s.dtype == jnp.int32:  # positive floats order as their bits do, and integers have a maximum of three
+            integers, top = s.dtype == jnp.int32, s.max(axis=1)
+            if integers:  # positive floats order as their bits do, and integers have a maximum of three
                 s, top = (lax.bitcast_convert_type(x, jnp.float32) for x in (s, top))
-                s, top = (s, top) if folded else (s - MAGIC, top - MAGIC)
+            if self.parts > 1:  # half a block may lie past the end: -inf * 0 is NaN, a masked score less itself P = 1
+                top = jnp.maximum(top, _LEAST if integers else _LOWEST)
+            if integers and not folded:
+                s, top = s - MAGIC, top - MAGIC
             scale = scale * self.to_log2
             factor = vector(scale)
             if "q_row" in smem:
@@ -459,7 +461,7 @@ class Call:
             gained = fma(top, factor, -reference) - height
             if self.interpreted:  # a CPU may round the product
                 x = _registers.product_error(s, by_row(factor, keys), by_row(-reference, keys))
-                return jnp.where(s <= -(2.0**119), s, x), gained
+                return jnp.where(s == -jnp.inf, s, x), gained
             return s * by_row(factor, keys) - by_row(reference, keys), gained
 
         def rounded(p):

@@ -7,10 +7,11 @@ a skipped block costs nothing, not even a branch.
 Unusual: (1) A query block of 128 rows is shared by both consumers; with blocks of 64 rows each consumer has its own
 row, list and ring of stages, and rows are paired by their number of kept blocks. (2) Integer scores start at the bits
 of 1.5 * 2^23, so that the int32 sum read as float32 *is* a float: no conversion per score. (3) P goes from the scores'
-registers to the A operand's without a shuffle, because V's keys are stored in the order in which they then meet.
-(4) Nothing is rescaled while no maximum rises. With int8 P against the running maximum the output then stays in the
-int32 accumulator of wgmma. A rise rounds it once and brings 127 levels to its row, so the roundings of all rises
-together move the output by less than max |v| / 2 / 127^2. (5) The output leaves row by row, each to its model token.
+registers to the A operand's without a shuffle, because V's keys are stored in the order in which they then meet. (4)
+Nothing is rescaled while no maximum rises, by eight halvings where P has room for them. With int8 P against the running
+maximum, which has none, the output stays in the int32 accumulator of wgmma meanwhile. A rise rounds it once and brings
+127 levels to its row, so the roundings of all rises together move the output by less than max |v| / 2 / 127^2. (5) The
+output leaves row by row, each to its model token.
 int4 is values on a 4-bit grid through the int8 unit; in layout "hopper_packed" its K and V come two to a byte, and the
 fetching warpgroup unpacks them on their way.
 """
@@ -35,7 +36,8 @@ from pallas_kernels.block_attention.xla import Spec, attend_bwd
 
 HEAD_DIMS = (64, 96, 128, 256)  # others are padded with zeros to the next
 BLOCKS = ((64, 64), (128, 64), (128, 128))
-_SMEM = 232448 - 4096  # bytes a program may have, less what barriers and alignment take
+_SMEM = 232448  # bytes a program may have
+_RESERVED = 2048 + 512  # of them: Mosaic's for reductions, and barriers
 _CUBICS = {("block", 64): 4, ("block", 96): 2, ("running", 64): 8, ("running", 96): 8}  # at other widths of head: 0
 
 
@@ -104,15 +106,23 @@ def padded_dim(head_dim: int) -> int:
 
 
 def shared_memory(request: Request, tiles: Tiles) -> int:
-    """Bytes of shared memory a program takes, barriers apart."""
-    dim = padded_dim(request.head_dim)
+    """Bytes of shared memory a program takes at most, which is where K's scales differ by key and V's by block.
+
+    Less the interpreter's P, which has no limit.
+    """
+    dim, keys, rows = padded_dim(request.head_dim), tiles.keys, 2 * ROWS
     qk, pv = (2 if width == "bf16" else 1 for width in (request.qk, request.pv))
     out = 4 if request.dtype == "float32" else 2
-    stage = tiles.keys * dim * (qk + pv) + 16 + 4 * tiles.keys + 4 * dim  # K, V, facts, and scales by key and channel
-    rows = 2 * ROWS * (out_channels(dim, out) * out + 4)  # output, log-sum-exp
-    rows += tiles.queries * (2 * ROWS * (dim * qk + 8) + 4 * dim)  # q, slots, scales
-    stage += len(packed(request.qk, request.pv, request.layout)) * tiles.keys * dim // 2
-    return lists(request.block) * tiles.stages * stage + rows  # and the interpreter's P, which has no limit
+    ring, queries = lists(request.block) * tiles.stages, tiles.queries
+    arrays = [4, queries * 24, ring * 8, queries * rows * 4, rows * 4]  # number drawn, item, facts, slots, log-sum-exp
+    arrays += [queries * rows * dim * qk, ring * keys * dim * qk, ring * keys * dim * pv]
+    arrays += [ring * keys * dim // 2] * len(packed(request.qk, request.pv, request.layout))
+    arrays += [rows * out_channels(dim, out) * out]
+    if request.qk != "bf16":
+        arrays += [queries * rows * 4, ring * keys * 4]  # scales of q and k
+    if request.pv != "bf16":
+        arrays += [max(ring, queries) * dim * 4]
+    return sum(-(-size // 1024) * 1024 for size in arrays) + _RESERVED  # Mosaic aligns each
 
 
 def packed(qk: str, pv: str, layout: str) -> tuple[str, ...]:
