@@ -1,4 +1,4 @@
-"""What the Hopper kernel makes of integers, number by number in NumPy: with its own roundings, unlike the reference.
+"""What the kernels make of integers, number by number in NumPy: with their own roundings, unlike the reference.
 
 P's reference is a row's maximum as far as one float32 beside MAGIC can tell (`exponents` in _hopper.py), and some
 exponentials are a cubic's. Shares nothing with the kernel but constants.
@@ -25,13 +25,14 @@ def cubic(x: np.ndarray) -> np.ndarray:
     return sum(c * rest**i for i, c in enumerate(CUBIC)) * np.exp2(whole)
 
 
-def integers(problem: Problem, cubics: int, **changed) -> tuple[np.ndarray, np.ndarray]:
+def integers(problem: Problem, cubics: int = 0, *, ampere: bool = False, **changed) -> tuple[np.ndarray, np.ndarray]:
     """(o f64 [B, Nq, H, D], lse f64 [B, Nq, H]) of a problem with integer q, k and P and scales by block.
 
-    cubics: of a thread's exponentials of a step. `changed`: operands that take the place of the problem's.
+    cubics: of a thread's exponentials of a step. ampere: as that kernel does, which takes differences first and then
+    adds what turns P into levels. `changed`: operands that take the place of the problem's.
     """
     operands = {name: np.asarray(x) for name, x in (problem.operands | changed).items()}
-    unit = 16.0 if problem.qk == "int4" else 1.0  # what 1 is stored as
+    unit = 16.0 if problem.qk == "int4" and not ampere else 1.0  # what 1 is stored as
     height = math.log2(WIDTHS[problem.pv].p_levels * LEVEL)
     (bq, bk), (batch, heads, tokens, dim) = problem.block, operands["q"].shape
     count, index = map(np.asarray, schedule(problem.keep, problem.walk))
@@ -46,19 +47,24 @@ def integers(problem: Problem, cubics: int, **changed) -> tuple[np.ndarray, np.n
         acc, total, top = np.zeros(dim), 0.0, -np.inf
         query = unit * operands["q"][b, h, row].astype(np.float64)
         scale = operands["q_scale"][b, h]
-        scale = f32(f32(scale[row if len(scale) == tokens else row // bq] / f32(unit)) * to_log2)
+        scale = f32(scale[row if len(scale) == tokens else row // bq] / f32(unit))
         for block in index[h, row // bq, : count[h, row // bq]]:
             keys = slice(block * bk, (block + 1) * bk)
             s = MAGIC + unit * operands["k"][b, h, keys].astype(np.float64) @ query
-            factor = np.float64(f32(scale * f32(operands["k_scale"][b, h, block] / f32(unit))))
+            of_block = f32(operands["k_scale"][b, h, block] / f32(unit))
+            factor = np.float64(
+                f32(f32(of_block * to_log2) * scale) if ampere else f32(f32(scale * to_log2) * of_block)
+            )
             largest = s.max()
             own = f32((largest - MAGIC) * factor)
             rising = max(top, own)
             behind = 0.0 if problem.p_scale == "block" else min(f32(rising - own), 128.0)
-            if factor > f32(FAR / MAGIC):
+            if ampere or factor > f32(FAR / MAGIC):
                 s, largest = s - largest, 0.0
-            reference = np.float64(f32(largest * factor + np.float64(f32(f32(behind) - f32(height)))))
-            x = (s * factor - reference).astype(f32).astype(np.float64)
+            above = np.float64(f32(f32(behind) - f32(height)))
+            reference = np.float64(f32(largest * factor + above))
+            x = ((s * factor).astype(f32) if ampere else s * factor) - reference
+            x = x.astype(f32).astype(np.float64)
             p = np.rint(np.where(by_cubic[: len(x)], cubic(np.maximum(x, -120)), np.exp2(x)) / LEVEL)
             gained = largest * factor - reference - height
             weight = np.exp2(own - rising - gained) if problem.p_scale == "block" else 1.0
@@ -71,6 +77,13 @@ def integers(problem: Problem, cubics: int, **changed) -> tuple[np.ndarray, np.n
             o[b, h, row] = acc / total
             lse[b, h, row] = math.log(2) * (top + np.log2(total / WIDTHS[problem.pv].p_levels))
     return problem.to_model(o), problem.to_model(lse)
+
+
+def ampere_numbers(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """The same of Ampere's kernel."""
+    if {problem.qk, problem.pv} <= {"int8", "int4"} and problem.k_group != "row":
+        return integers(problem, ampere=True)
+    return tuple(np.asarray(x, np.float64) for x in problem.solve("reference"))
 
 
 def hopper_numbers(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
