@@ -91,7 +91,8 @@ def operand(parts: Sequence[jax.Array], width: str, dtype: Any, *, interpreted: 
             return llvm.inline_asm(i32, [high, low], f"cvt.rn.{kind}x2.f32 $0, $1, $2;", "=r,f,f", asm_dialect=0)
 
         def word(four: list[Any]) -> Any:
-            return mgpu.prmt(both(*four[:2], "f16"), both(*four[2:], "f16"), constant(0x6420))
+            left, right = (both(four[i], four[i + 1], "f16") for i in (0, 2))
+            return mgpu.prmt(left, right, constant(0x6420))
 
         if width == "bf16":
             kind = "f16" if dtype == jnp.float16 else "bf16"

@@ -52,9 +52,8 @@ def integers(problem: Problem, cubics: int = 0, *, ampere: bool = False, **chang
             keys = slice(block * bk, (block + 1) * bk)
             s = MAGIC + unit * operands["k"][b, h, keys].astype(np.float64) @ query
             of_block = f32(operands["k_scale"][b, h, block] / f32(unit))
-            factor = np.float64(
-                f32(f32(of_block * to_log2) * scale) if ampere else f32(f32(scale * to_log2) * of_block)
-            )
+            one, other = (of_block, scale) if ampere else (scale, of_block)
+            factor = np.float64(f32(f32(one * to_log2) * other))
             largest = s.max()
             own = f32((largest - MAGIC) * factor)
             rising = max(top, own)
