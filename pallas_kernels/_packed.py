@@ -55,7 +55,7 @@ def unpack(source: Any, target: Any, half: int, *, interpreted: bool) -> None:
         two = plgpu.load(source.at[pl.ds(first, rows)], layout=_layout(rows, source.shape[1]), optimized=False)
         low = first + first // half * half
         for start, values in zip((low, low + half), _halves(two), strict=True):
-            plgpu.store(target.at[pl.ds(start, rows)], values, optimized=False)
+            _registers.store(target.at[pl.ds(start, rows)], values)
     return plgpu.commit_smem()
 
 

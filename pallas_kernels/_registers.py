@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels._interpret import interpreted_device
+
 # 1.5 * 2^23: an integer below 2^22 in magnitude added to these bits reads, as float32, as MAGIC plus the integer.
 MAGIC = 12582912.0
 MAGIC_BITS = 0x4B400000
@@ -31,6 +33,27 @@ def mosaic() -> Any:
     from jax.experimental.pallas import mosaic_gpu
 
     return mosaic_gpu
+
+
+def store(ref: Any, value: jax.Array, layout: Any = None, tiling: tuple[int, ...] = ()) -> None:
+    """ref[...] = value, whatever the layout: some that are needed here have bank conflicts, which Mosaic wants said.
+
+    layout: value's; tiling: the reference's, of whole rows; what jax before 0.12, which cannot be told, needs to know.
+    """
+    plgpu = mosaic()
+    if hasattr(plgpu, "store"):  # jax 0.12
+        plgpu.store(ref, value, optimized=False)
+    elif layout is None or interpreted_device() is not None:
+        ref[...] = value
+    else:
+        from jax.experimental.mosaic.gpu import utils as mgpu
+
+        def put(ctx: Any, ref: Any, value: Any) -> None:
+            value.store_untiled(mgpu.memref_reshape(ref, value.shape), optimized=False)
+
+        transforms = (plgpu.TilingTransform(tiling),) if tiling else ()
+        inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms), layout))
+        inline(put)(ref, value)
 
 
 def tiled_layout(tiles: tuple[tuple[int, ...], ...], warps: tuple[int, ...], lanes: tuple[int, ...]) -> Any:
@@ -254,10 +277,10 @@ def exp2(x: jax.Array, shared: int, *, interpreted: bool) -> jax.Array:
 def exp2_cubic(x: jax.Array) -> jax.Array:
     """2^x, f32, by a cubic of what x lacks to a whole number, whose power of two is added to the exponent's bits."""
     x = jnp.maximum(x, _LEAST)
-    near = x + MAGIC
-    x = x - (near - MAGIC)
+    whole = jnp.round(x)
+    x = x - whole
     power = ((_CUBIC[3] * x + _CUBIC[2]) * x + _CUBIC[1]) * x + _CUBIC[0]
-    bits = jax.lax.bitcast_convert_type(power, jnp.int32) + (jax.lax.bitcast_convert_type(near, jnp.int32) << 23)
+    bits = jax.lax.bitcast_convert_type(power, jnp.int32) + (whole.astype(jnp.int32) << 23)
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 

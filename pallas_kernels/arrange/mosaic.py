@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import _check, _packed
+from pallas_kernels import _check, _packed, _registers
 from pallas_kernels._check import WIDTHS
 from pallas_kernels._choose import Request, device_name
 from pallas_kernels._interpret import interpreted_device, interpreter_would_hang
@@ -416,7 +416,7 @@ class _Call:
         zeros = plgpu.layout_cast(jnp.zeros((self.tiles.chunk, self.dim), jnp.float32), self.lanes.tile)
         total = lax.fori_loop(0, self.tiles.tokens // self.tiles.chunk, step, zeros)
         found = total.sum(axis=0) if self.statistic == "sum" else total.max(axis=0)
-        plgpu.store(out.at[batch, head, tile], found, optimized=False)
+        _registers.store(out.at[batch, head, tile], found)
 
     def store(self, gmem: dict, values: Any, scales: Any, smem: Any = None) -> None:
         """The launch that writes values, and their scales where they are its own."""
@@ -453,7 +453,7 @@ class _Call:
             scale = scale_of(largest.max(axis=0) if self.by_channel else largest.max(axis=1).max())
             inverse = 1.0 / scale
             if self.by_channel:
-                plgpu.store(scales.at[batch, head, tile], scale, optimized=False)
+                _registers.store(scales.at[batch, head, tile], scale)
             else:
                 scales[batch, head, tile] = scale
 
@@ -489,9 +489,9 @@ class _Call:
             stored = rounded(ratios)
             if self.direct:
                 window = [pl.ds(extent * part, extent) for extent, part in zip(stored.shape, at(chunk), strict=True)]
-                plgpu.store(values.at[batch, head, *window], stored, optimized=False)
+                _registers.store(values.at[batch, head, *window], stored)
             else:
-                plgpu.store(smem.at[chunk], stored, optimized=False)
+                _registers.store(smem.at[chunk], stored)
             return carry
 
         def at(chunk):
@@ -504,7 +504,7 @@ class _Call:
             row = tile * self.tiles.tokens + first
             if self.pairs:
                 row = row - (row // 2 & (_packed.KEYS - 1)) + _packed.KEYS * part
-            plgpu.store(scales.at[batch, head, pl.ds(row, self.rows)], scale, optimized=False)
+            _registers.store(scales.at[batch, head, pl.ds(row, self.rows)], scale)
             return scale
 
         over_chunks(write, None)

@@ -529,7 +529,7 @@ class Call:
         total = jnp.where(some, total, 1.0)
         lse = jnp.where(some, math.log(2) * (top + jnp.log2(total / levels)), -jnp.inf)
         plgpu.wait_smem_to_gmem(0)  # the item before has left
-        plgpu.store(smem["lse"].at[wg], lse, optimized=False)
+        _registers.store(smem["lse"].at[wg], lse, row_layout)
         width = self.width
         head, batch, row, steps = (smem["item"][held, n] for n in (0, 1, 2 + which, 2 + walks + which))
         first = row * self.block[0] + (0 if walks == 2 else wg * ROWS)
@@ -540,7 +540,7 @@ class Call:
             if "v_channel" in smem:
                 o = o * by_column(smem["v_channel"].at[held, pl.ds(channel, width)], width)
             plgpu.wait_smem_to_gmem(0)  # the chunk before has left
-            plgpu.store(smem["o"].at[wg], o.astype(self.out_dtype), optimized=False)
+            _registers.store(smem["o"].at[wg], o.astype(self.out_dtype), plgpu.Layout.WGMMA, (1, width))
             plgpu.commit_smem()
 
             def store(r, _, channel=channel):
